@@ -56,15 +56,17 @@ class FiLMGroupNorm(nn.GroupNorm):
         else:
             batch, channels, height, width = hidden_states.shape
             scale, shift = scale_shift.expand(batch, -1).chunk(2, dim=1)  # (B, C) each
-            weight = self.weight * (1 + scale)
-            bias = self.bias * (1 + scale) + shift
-            hidden_states = F.group_norm(
-                hidden_states.reshape(1, batch * channels, height, width),
-                batch * self.num_groups,
-                weight.flatten(),
-                bias.flatten(),
-                self.eps,
-            ).view(batch, channels, height, width)
+            if batch == 1 or hidden_states.is_contiguous():
+                hidden_states = F.group_norm(
+                    hidden_states.view(1, batch * channels, height, width),
+                    batch * self.num_groups,
+                    (self.weight * (1 + scale)).flatten(),
+                    (self.bias * (1 + scale) + shift).flatten(),
+                    self.eps,
+                ).view(batch, channels, height, width)
+            else:
+                hidden_states = super().forward(hidden_states)
+                hidden_states = torch.addcmul(shift[:, :, None, None], hidden_states, 1 + scale[:, :, None, None])
         # Without autograd nobody else holds the norm's output.
         return F.silu(hidden_states, inplace=not torch.is_grad_enabled())
 
@@ -75,6 +77,24 @@ def downsample(hidden_states: torch.Tensor) -> torch.Tensor:
 
 def upsample(hidden_states: torch.Tensor) -> torch.Tensor:
     return F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+
+
+class UpsampleConv2d(nn.Conv2d):
+    """3x3 convolution of the nearest-upsampled image, as one transposed convolution of the image itself.
+
+    Each output pixel sees 2x2 input pixels only, with sums of taps as weights: 4 multiplications instead of 9.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C_in, H, W) -> (B, C_out, 2H, 2W)."""
+        # Row i of a 4-tap kernel of stride 2 sums these taps of the 3-tap kernel.
+        sums = self.weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+        weight = self.weight.flatten(2) @ torch.kron(sums, sums).T  # (C_out, C_in, 9) -> (C_out, C_in, 16)
+        weight = weight.unflatten(2, (4, 4)).transpose(0, 1)
+        return F.conv_transpose2d(hidden_states, weight, self.bias, stride=2, padding=1)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
@@ -102,7 +122,7 @@ class ADMResnetBlock(nn.Module):
         self.scale_shift = scale_shift
         self.temb_width = 2 * out_channels if scale_shift else out_channels
         self.norm1 = FiLMGroupNorm(norm_num_groups, in_channels, norm_eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = UpsampleConv2d(in_channels, out_channels) if resample is upsample else nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = FiLMGroupNorm(norm_num_groups, out_channels, norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
@@ -113,7 +133,9 @@ class ADMResnetBlock(nn.Module):
         residual = hidden_states
         hidden_states = self.norm1(hidden_states)
         if self.resample is not None:
-            hidden_states, residual = self.resample(hidden_states), self.resample(residual)
+            residual = self.resample(residual)
+            if self.resample is downsample:
+                hidden_states = self.resample(hidden_states)
         hidden_states = self.conv1(hidden_states)
         if self.scale_shift:
             hidden_states = self.norm2(hidden_states, temb)
@@ -179,7 +201,7 @@ class ADMAttention(nn.Module, AttentionModuleMixin):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         height, width = hidden_states.shape[2:]
-        tokens = self.group_norm(hidden_states).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, L, C)
+        tokens = self.group_norm(hidden_states).flatten(2).transpose(1, 2).contiguous()  # (B, C, H, W) -> (B, L, C)
         tokens = self.processor(self, tokens)
         return hidden_states + tokens.transpose(1, 2).unflatten(2, (height, width))
 

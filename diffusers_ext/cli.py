@@ -1,0 +1,74 @@
+"""The `diffusers-ext` command: `train unet`, `train classifier`, `convert`."""
+
+import argparse
+import sys
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import tyro
+
+from diffusers_ext.training.config import (
+    CLASSIFIER_PRESETS,
+    UNET_PRESETS,
+    ClassifierTrainingConfig,
+    UNetTrainingConfig,
+)
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Write original checkpoints as a pipeline folder of diffusers."""
+
+    source: tyro.conf.Positional[str]
+    """checkpoint of the UNet"""
+    preset: str
+    """released network it belongs to, such as 256x256_diffusion_uncond"""
+    output: str
+    """folder to write"""
+    classifier: str | None = None
+    """checkpoint of the classifier"""
+    classifier_preset: str | None = None
+    """released classifier it belongs to, such as 256x256_classifier"""
+    labels: str | None = None
+    """file of the class labels"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        args: command line without the program's name; None takes that of the process.
+    """
+    args = sys.argv[1:] if args is None else args
+    command = tyro.cli(_commands(args), prog="diffusers-ext", args=args, use_underscores=True)
+    if isinstance(command, Convert):
+        from diffusers_ext.conversion.convert import convert_checkpoint
+
+        convert_checkpoint(**asdict(command))
+    elif command.dry_run:
+        for name, value in asdict(command).items():
+            print(f"{name}: {value}")
+    else:
+        from diffusers_ext.training.loop import train
+
+        train(command)
+
+
+def _commands(args: list[str]) -> type:
+    """The subcommands; the preset named in `args` gives the defaults of a training's other options."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    preset = parser.parse_known_args(args)[0].preset
+    unet = UNET_PRESETS.get(preset, UNET_PRESETS["digits"])
+    classifier = CLASSIFIER_PRESETS.get(preset, CLASSIFIER_PRESETS["digits"])
+    tasks = (
+        Annotated[UNetTrainingConfig, tyro.conf.subcommand("unet", default=unet)]
+        | Annotated[ClassifierTrainingConfig, tyro.conf.subcommand("classifier", default=classifier)]
+    )
+    train = tyro.conf.subcommand("train", description="Train a component of a pipeline.")
+    convert = tyro.conf.subcommand("convert")
+    return Annotated[tasks, train] | Annotated[Convert, convert]
+
+
+if __name__ == "__main__":
+    main()
