@@ -17,8 +17,9 @@ from typing import Literal
 
 import torch
 import tyro
-from diffusers.utils import logging
 
+from diffusers.utils import logging
+from diffusers_ext.guidance import classifier_log_prob_grad
 from diffusers_ext.models.unet_adm import ADMClassifierModel, ADMUNet2DModel
 
 
@@ -85,11 +86,12 @@ def unet_rows(options: Options) -> None:
                     lambda: peer(sample, timestep), lambda: ours(sample, timestep), options.seconds, options.device
                 )
                 ratios.append(ratio)
-                print(
-                    f"{dtype:9} {model_channels:8} {batch:5} {slow:11.3f}s {fast:8.3f}s {ratio:6.2f} {difference:9.1e}",
-                    flush=True,
+                row = (
+                    f"{dtype:9} {model_channels:8} {batch:5} {slow:11.3f}s {fast:8.3f}s {ratio:6.2f} {difference:9.1e}"
                 )
-        print(f"{dtype:9} geometric mean {math.exp(statistics.fmean(map(math.log, ratios))):.2f}, lowest {min(ratios):.2f}")
+                print(row, flush=True)
+        mean = math.exp(statistics.fmean(map(math.log, ratios)))
+        print(f"{dtype:9} geometric mean {mean:.2f}, lowest {min(ratios):.2f}")
 
 
 def guided_rows(options: Options) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -19,18 +20,20 @@ from diffusers_ext.training.config import (
 class Convert:
     """Write original checkpoints as a pipeline folder of diffusers."""
 
-    source: tyro.conf.Positional[str]
+    source: tyro.conf.Positional[Path]
     """checkpoint of the UNet"""
     preset: str
-    """released network it belongs to, such as 256x256_diffusion_uncond"""
-    output: str
+    """released checkpoint that it is, such as 256x256_diffusion_uncond, or a .json file of its flags"""
+    output: Path
     """folder to write"""
-    classifier: str | None = None
-    """checkpoint of the classifier"""
+    classifier: Path | None = None
+    """checkpoint of the classifier that guides"""
     classifier_preset: str | None = None
-    """released classifier it belongs to, such as 256x256_classifier"""
-    labels: str | None = None
-    """file of the class labels"""
+    """as --preset, for the classifier, such as 256x256_classifier"""
+    labels: Path | None = None
+    """names of the classes: text, one per line, or .json"""
+    overwrite: bool = False
+    """replace the folder if it is not empty"""
 
 
 def main(args: list[str] | None = None) -> None:

@@ -31,12 +31,17 @@ def shared() -> Path:
 def fresh_python() -> Callable[..., subprocess.CompletedProcess]:
     """Runs code in a Python process of its own, offline, that can import this package: `fresh_python(code, cwd)`."""
 
-    def run(code: str, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
+    def run(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+        defaults = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         process = subprocess.run(
-            [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240
+            [sys.executable, "-c", code],
+            cwd=cwd,
+            env={**os.environ, **defaults, **environment},
+            capture_output=True,
+            text=True,
+            timeout=240,
         )
-        if check and process.returncode != 0:
+        if process.returncode != 0:
             pytest.fail(f"the process failed:\n{process.stdout}{process.stderr}", pytrace=False)
         return process
 

@@ -20,7 +20,7 @@ def test_python_blocks_run_in_order(root, readme, tmp_path, fresh_python):
     (tmp_path / "model_cards").symlink_to(model)
     blocks = [code for language, code in FENCE.findall(readme) if language == "python"]
     assert blocks
-    fresh_python("\n".join(blocks), tmp_path, OMP_NUM_THREADS="2")
+    fresh_python("\n".join(blocks), tmp_path)
 
 
 def test_length(readme):

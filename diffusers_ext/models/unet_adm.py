@@ -51,24 +51,59 @@ class FiLMGroupNorm(nn.GroupNorm):
 
     def forward(self, hidden_states: torch.Tensor, scale_shift: torch.Tensor | None = None) -> torch.Tensor:
         """`hidden_states` (B, C, H, W); `scale_shift` (B or 1, 2C), the scale first. Returns (B, C, H, W)."""
-        if scale_shift is None:
-            hidden_states = super().forward(hidden_states)
+        batch, channels, height, width = hidden_states.shape
+        weight, bias = self.weight.expand(batch, -1), self.bias.expand(batch, -1)  # (B, C)
+        if scale_shift is not None:
+            scale, shift = scale_shift.expand(batch, -1).chunk(2, dim=1)
+            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+        if _is_channels_last(hidden_states):
+            hidden_states = _group_norm_channels_last(hidden_states, self.num_groups, weight, bias, self.eps)
         else:
-            batch, channels, height, width = hidden_states.shape
-            scale, shift = scale_shift.expand(batch, -1).chunk(2, dim=1)  # (B, C) each
-            if batch == 1 or hidden_states.is_contiguous():
-                hidden_states = F.group_norm(
-                    hidden_states.view(1, batch * channels, height, width),
-                    batch * self.num_groups,
-                    (self.weight * (1 + scale)).flatten(),
-                    (self.bias * (1 + scale) + shift).flatten(),
-                    self.eps,
-                ).view(batch, channels, height, width)
-            else:
-                hidden_states = super().forward(hidden_states)
-                hidden_states = torch.addcmul(shift[:, :, None, None], hidden_states, 1 + scale[:, :, None, None])
+            hidden_states = F.group_norm(
+                hidden_states.reshape(1, batch * channels, height, width),
+                batch * self.num_groups,
+                weight.flatten(),
+                bias.flatten(),
+                self.eps,
+            ).view(batch, channels, height, width)
         # Without autograd nobody else holds the norm's output.
         return F.silu(hidden_states, inplace=not torch.is_grad_enabled())
+
+
+def _is_float32_inference_on_cpu(hidden_states: torch.Tensor) -> bool:
+    """Where layouts and algorithms are ours to choose: CUDA, compilers and autograd have better or other ways."""
+    return (
+        hidden_states.device.type == "cpu"
+        and hidden_states.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _is_channels_last(hidden_states: torch.Tensor) -> bool:
+    return not hidden_states.is_contiguous() and hidden_states.is_contiguous(memory_format=torch.channels_last)
+
+
+def _group_norm_channels_last(
+    hidden_states: torch.Tensor, num_groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Group norm of pixels (B, H, W, C) in memory, with a weight and a bias (B, C) for each image.
+
+    torch's own kernel for this layout takes the variance as a difference of squares, which loses digits where a
+    group's mean is large, and copies the image on CUDA. Averages over pixels are matrix products here.
+    """
+    height, width = hidden_states.shape[2:]
+    pixels = hidden_states.permute(0, 2, 3, 1).flatten(1, 2).float()  # (B, L, C), a view in float32
+    average = pixels.new_full((len(pixels), 1, height * width), 1 / (height * width))
+
+    def group_mean(values: torch.Tensor) -> torch.Tensor:
+        mean = torch.bmm(average, values).unflatten(2, (num_groups, -1)).mean(dim=3)  # (B, 1, groups)
+        return mean.repeat_interleave(values.shape[2] // num_groups, dim=2)  # (B, 1, C)
+
+    centred = pixels - group_mean(pixels)
+    scale = weight[:, None] * torch.rsqrt(group_mean(centred.square()) + eps)
+    output = torch.addcmul(bias[:, None].to(scale.dtype), centred, scale).to(hidden_states.dtype)
+    return output.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 def downsample(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -77,6 +112,84 @@ def downsample(hidden_states: torch.Tensor) -> torch.Tensor:
 
 def upsample(hidden_states: torch.Tensor) -> torch.Tensor:
     return F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """1x1 convolution as the matrix product of pixels that it is."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not _is_channels_last(hidden_states):
+            return super().forward(hidden_states)
+        hidden_states = F.linear(hidden_states.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias)
+        return hidden_states.permute(0, 3, 1, 2)
+
+
+class WinogradConv2d(nn.Conv2d):
+    """3x3 convolution that takes 16 multiplications for 2x2 output pixels in place of 36, where that pays.
+
+    Algorithm F(2x2, 3x3) of Lavin and Gray (2016), https://arxiv.org/abs/1509.09308, Sec. 4.1, for inference on CPUs,
+    whose library has none; that of CUDA chooses such algorithms by itself.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C_in, H, W) -> (B, C_out, H, W)."""
+        batch, channels, height, width = hidden_states.shape
+        if (
+            not _is_float32_inference_on_cpu(hidden_states)
+            or min(channels, self.out_channels) < 128  # too few for what transforming the image costs
+            or batch * height * width < 1024  # and here for what transforming the weight costs
+            or height % 2
+            or width % 2
+        ):
+            if batch * height * width < 1024 and self.weight.is_contiguous():
+                # torch would copy the weight into the order of the image, and it is the larger of the two here.
+                hidden_states = hidden_states.contiguous()
+            return super().forward(hidden_states)
+        # u = G w G^T: one matrix (C_in, C_out) for each of the 16 elements of a transformed tile.
+        basis = self.weight.new_tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+        weight = torch.kron(basis, basis) @ self.weight.permute(2, 3, 1, 0).reshape(9, -1)
+        weight = weight.view(16, channels, self.out_channels)
+        padded = F.pad(hidden_states.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, H + 2, W + 2, C_in)
+        output = hidden_states.new_empty(batch, height // 2, 2, width // 2, 2, self.out_channels)
+        # Rows of tiles whose transforms (16 floats per tile and channel) stay in the cache.
+        rows = max(1, 2**16 // (width // 2 * max(channels, self.out_channels)))
+        for image, result in zip(padded, output):
+            for row in range(0, height // 2, rows):
+                self._tiles(image[2 * row : 2 * (row + rows) + 2], weight, result[row : row + rows])
+        return output.view(batch, height, width, self.out_channels).permute(0, 3, 1, 2)
+
+    def _tiles(self, image: torch.Tensor, weight: torch.Tensor, output: torch.Tensor) -> None:
+        """`image` (2h + 2, 2w + 2, C_in), `weight` (16, C_in, C_out); writes `output` (h, 2, w, 2, C_out)."""
+        height, width, channels = image.shape[0] // 2 - 1, image.shape[1] // 2 - 1, image.shape[2]
+        columns = image.new_empty(4, 2 * height + 2, width, channels)
+        _winograd_input(image[:, 0::2], image[:, 1::2], columns)
+        tiles = image.new_empty(4, 4, height, width, channels)  # v = B^T d B
+        _winograd_input(columns[:, 0::2], columns[:, 1::2], tiles)
+        products = torch.bmm(tiles.view(16, -1, channels), weight).view(4, 4, height, width, -1)
+        rows = _winograd_output(products)  # y = A^T m A
+        for y, row in enumerate(rows):
+            for x, pixels in enumerate(_winograd_output(row)):
+                torch.add(pixels, self.bias, out=output[:, y, :, x])
+
+
+def _winograd_input(even: torch.Tensor, odd: torch.Tensor, out: torch.Tensor) -> None:
+    """One side of B^T d B, over the second dimension, of which the even and the odd entries are given."""
+    first, third, second, fourth = even[:, :-1], even[:, 1:], odd[:, :-1], odd[:, 1:]
+    torch.sub(first, third, out=out[0])
+    torch.add(second, third, out=out[1])
+    torch.sub(third, second, out=out[2])
+    torch.sub(second, fourth, out=out[3])
+
+
+def _winograd_output(products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One side of A^T m A, over the first dimension of 4."""
+    return (products[1] + products[2]).add_(products[0]), (products[1] - products[2]).sub_(products[3])
 
 
 class UpsampleConv2d(nn.Conv2d):
@@ -122,11 +235,11 @@ class ADMResnetBlock(nn.Module):
         self.scale_shift = scale_shift
         self.temb_width = 2 * out_channels if scale_shift else out_channels
         self.norm1 = FiLMGroupNorm(norm_num_groups, in_channels, norm_eps)
-        self.conv1 = UpsampleConv2d(in_channels, out_channels) if resample is upsample else nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = (UpsampleConv2d if resample is upsample else WinogradConv2d)(in_channels, out_channels)
         self.norm2 = FiLMGroupNorm(norm_num_groups, out_channels, norm_eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = zero_module(WinogradConv2d(out_channels, out_channels))
+        self.conv_shortcut = PointwiseConv2d(in_channels, out_channels) if in_channels != out_channels else None
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         """`hidden_states` (B, C_in, H, W), `temb` (B or 1, temb_width). Returns (B, C_out, H', W')."""
@@ -331,7 +444,12 @@ class ADMBackbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
         return ADMResample(channels, resample, use_conv=self.config.resample_type == "conv")
 
     def _attention(self, channels: int, heads: int | None) -> ADMAttention:
-        heads = heads or channels // self.config.attention_head_dim
+        option, divisor = (
+            ("num_attention_heads", heads) if heads else ("attention_head_dim", self.config.attention_head_dim)
+        )
+        if channels % divisor:
+            raise ValueError(f"`{option}` ({divisor}) must divide the {channels} channels that get attention.")
+        heads = heads or channels // divisor
         return ADMAttention(channels, heads, self.config.norm_num_groups, self.config.norm_eps)
 
     def _attentions(self, level: int, count: int, heads: int | None) -> list[ADMAttention]:
@@ -344,6 +462,13 @@ class ADMBackbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
         for name, module in self.named_modules():
             if isinstance(module, ADMResnetBlock):
                 yield name, module
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path: str, **kwargs) -> "ADMBackbone":
+        """Load an original checkpoint; arguments as in `diffusers_ext.conversion.from_single_file`."""
+        from diffusers_ext.conversion import from_single_file
+
+        return from_single_file(cls, pretrained_model_link_or_path, **kwargs)
 
     def embed_time(self, timestep: Timestep, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         """What all residual blocks read of time and class, as one matrix product.
@@ -371,6 +496,9 @@ class ADMBackbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
 
     def _encode(self, sample: torch.Tensor, tembs: Iterator[torch.Tensor]) -> list[torch.Tensor]:
         """Feature maps of the down path, from `conv_in` to the last layer, and of the middle block, in this order."""
+        if _is_float32_inference_on_cpu(sample):
+            # Stored pixel by pixel, images need no copies for matrix products, and convolutions are no slower.
+            sample = sample.contiguous(memory_format=torch.channels_last)
         features = [self.conv_in(sample)]
         for block in self.down_blocks:
             features.extend(block(features[-1], _take(tembs, block)))
@@ -667,7 +795,8 @@ class ADMClassifierModel(ADMBackbone):
     ) -> ADMClassifierOutput | tuple[torch.Tensor]:
         """
         Args:
-            sample: noisy images `(B, C, H, W)` of the variance-preserving process: sqrt(abar) x_0 + sqrt(1 - abar) eps.
+            sample: noisy images `(B, C, H, W)` of the variance-preserving process, sqrt(abar) x_0 +
+                sqrt(1 - abar) eps.
             timestep: their noise level, as for [`ADMUNet2DModel`]: one number or one per image `(B,)`.
             temb: `(B, S)` or `(1, S)` from `embed_time`, in place of `timestep`.
             return_dict: False returns a tuple.
@@ -757,7 +886,7 @@ def _diffusers_config(config) -> dict:
 
 
 def _adm_config(config) -> dict:
-    """Options of the `ADMUNet2DModel` that equals a `UNet2DModel` of this config; the inverse of `_diffusers_config`."""
+    """Options of the `ADMUNet2DModel` that equals a `UNet2DModel` of this config: `_diffusers_config` backwards."""
     widths = tuple(config.block_out_channels)
     attention = ["Attn" in block for block in config.down_block_types]
     options = {

@@ -1,1 +1,1 @@
-"""Training on accelerate: options in `config`, images in `data`, losses in `objectives`, and one `loop` for all."""
+"""Training on accelerate: options, images, losses, tasks, and one loop for all of them."""

@@ -16,7 +16,7 @@ class TrainingConfig:
     """print the options and stop"""
 
     dataset: str = "digits"
-    """`digits` (the 8x8 digits inside scikit-learn), a local folder (parquet, images in class folders) or a Hub name"""
+    """`digits` (8x8, inside scikit-learn), a local folder (parquet, or images in class folders) or a Hub name"""
     dataset_split: str = "train"
     """split to train on"""
     image_column: str | None = None
@@ -64,7 +64,7 @@ class TrainingConfig:
     checkpoints_total_limit: int = 2
     """older checkpoints are deleted"""
     resume_from_checkpoint: str | None = None
-    """`latest` (starts anew when there is none) or the path of a checkpoint folder"""
+    """`latest` (starts anew when there is none) or a checkpoint folder that you trust: it holds pickles"""
     validation_steps: int = 500
     """optimizer steps between validations"""
     log_steps: int = 50

@@ -1,7 +1,7 @@
 """Labelled images for training, from scikit-learn's digits, a local folder or the Hub, without torchvision."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,9 @@ class ImageDataset(Dataset):
                 )
         self.rows, self.labels, self.num_classes = rows, labels, num_classes
         self.sample_size, self.channels = sample_size, channels
-        self.decoded: torch.Tensor | None = None
+        self.decoded = None
         if len(rows) * channels * sample_size**2 <= MAX_BYTES_IN_MEMORY:
-            self.decoded = torch.from_numpy(np.stack([self._decode(i) for i in range(len(rows))]))
+            self.decoded = self._decode(enumerate(rows), len(rows))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -58,18 +58,22 @@ class ImageDataset(Dataset):
         if self.decoded is not None:
             images = self.decoded[indices]
         else:
-            images = torch.from_numpy(np.stack([self._decode(i) for i in indices]))
+            images = self._decode(((index, self.rows[index]) for index in indices), len(indices))
         return images, None if self.labels is None else torch.from_numpy(self.labels[indices])
 
-    def _decode(self, index: int) -> np.ndarray:
-        row = self.rows[index]
-        try:
-            if isinstance(row, dict):
-                row = Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"]))
-            image = fit_image(row.convert("L" if self.channels == 1 else "RGB"), self.sample_size)
-        except (OSError, SyntaxError, TypeError, AttributeError) as error:
-            raise ValueError(f"The image of row {index} cannot be read: {error}. Remove or replace this row.") from error
-        return np.asarray(image).reshape(self.sample_size, self.sample_size, self.channels).transpose(2, 0, 1)
+    def _decode(self, rows: Iterable[tuple[int, Any]], count: int) -> torch.Tensor:
+        images = np.empty((count, self.sample_size, self.sample_size, self.channels), dtype=np.uint8)
+        for image, (index, row) in zip(images, rows):
+            try:
+                if isinstance(row, dict):
+                    row = Image.open(row["path"] if row["bytes"] is None else io.BytesIO(row["bytes"]))
+                fitted = fit_image(row.convert("L" if self.channels == 1 else "RGB"), self.sample_size)
+            except (OSError, SyntaxError, TypeError, AttributeError) as error:  # what PIL raises, and a missing image
+                raise ValueError(
+                    f"The image of row {index} cannot be read ({error}). Remove or replace it."
+                ) from error
+            image[:] = np.asarray(fitted).reshape(image.shape)
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 class BatchSampler(Sampler[list[int]]):
@@ -181,10 +185,15 @@ def _open_dataset(
     rows = table.cast_column(image_column, datasets.Image(decode=False))[image_column]
     if label_column is None:
         return rows, None, None
-    labels = np.array([-1 if label is None else label for label in table[label_column]], dtype=np.int64)
     feature = table.features[label_column]
-    num_classes = feature.num_classes if isinstance(feature, datasets.ClassLabel) else int(labels.max()) + 1
-    return rows, labels, num_classes
+    named = isinstance(feature, datasets.ClassLabel)
+    if not named and "int" not in getattr(feature, "dtype", ""):
+        raise ValueError(
+            f"`label_column` ({label_column!r}) holds {feature}; it must hold integers or the type ClassLabel, which "
+            "`Dataset.class_encode_column` makes of text."
+        )
+    labels = np.array([-1 if label is None else label for label in table[label_column]], dtype=np.int64)
+    return rows, labels, feature.num_classes if named else int(labels.max()) + 1
 
 
 def _find_column(features: dict, option: str, name: str | None, kind: type, required: bool) -> str | None:

@@ -25,9 +25,10 @@ from tqdm.auto import tqdm
 
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from diffusers_ext.training.config import TrainingConfig, UNetTrainingConfig
+
+from diffusers_ext.training.config import TrainingConfig
 from diffusers_ext.training.data import BatchSampler
-from diffusers_ext.training.objectives import ClassifierTask, UNetTask
+from diffusers_ext.training.tasks import TASKS
 
 
 def train(config: TrainingConfig) -> Path:
@@ -56,7 +57,7 @@ def train(config: TrainingConfig) -> Path:
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=output_dir,
     )
-    task = (UNetTask if isinstance(config, UNetTrainingConfig) else ClassifierTask)(config, accelerator.device)
+    task = TASKS[type(config)](config, accelerator.device)
 
     torch.manual_seed(config.seed)
     model = task.build_model().train()
@@ -86,11 +87,15 @@ def train(config: TrainingConfig) -> Path:
     if resume is not None:
         accelerator.load_state(str(resume))
         ema.to(accelerator.device)
-    step = lr_scheduler.last_epoch  # optimizer steps done
+        lr_scheduler.base_lrs = [config.learning_rate]  # the rate asked for now, not that of the checkpoint
+        optimizer.param_groups[0]["lr"] = config.learning_rate * lr_scheduler.lr_lambdas[0](lr_scheduler.last_epoch)
+    first_step = step = lr_scheduler.last_epoch  # optimizer steps done
 
     rank, world, micro_steps = accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps
     images_per_step = config.train_batch_size * micro_steps * world
-    order = BatchSampler(len(task.data), config.train_batch_size, config.seed, step * micro_steps * world + rank, world)
+    order = BatchSampler(
+        len(task.data), config.train_batch_size, config.seed, first=step * micro_steps * world + rank, stride=world
+    )
     # The data set returns whole batches, so there is nothing to collate.
     loader = DataLoader(task.data, batch_sampler=order, num_workers=config.dataloader_num_workers, collate_fn=tuple)
     log = MetricsLog(accelerator, config, step)
@@ -113,9 +118,10 @@ def train(config: TrainingConfig) -> Path:
                 with accelerator.accumulate(model):
                     losses = task.losses(model, images, labels)
                     if not torch.isfinite(losses["loss"]):
+                        checkpoint = (checkpoints(output_dir) or ["none yet"])[-1]
                         raise FloatingPointError(
-                            f"The loss is {losses['loss'].item()} at step {step + 1}. Lower `learning_rate` and resume "
-                            f"from the last checkpoint ({(checkpoints(output_dir) or ['none yet'])[-1]})."
+                            f"The loss is {losses['loss'].item()} at step {step + 1}. Lower `learning_rate` and "
+                            f"resume from the last checkpoint ({checkpoint})."
                         )
                     accelerator.backward(losses["loss"])
                     if accelerator.sync_gradients:
@@ -134,8 +140,10 @@ def train(config: TrainingConfig) -> Path:
             if (step % config.validation_steps == 0 or last) and accelerator.is_main_process:
                 with ema_weights(ema, model):
                     log.write(step, **task.validate(accelerator.unwrap_model(model), step, output_dir))
-            if step % config.checkpointing_steps == 0 or last or received:
+            if step % config.checkpointing_steps == 0:
                 save_checkpoint(accelerator, output_dir, step, config.checkpoints_total_limit)
+        if step > first_step and step % config.checkpointing_steps:
+            save_checkpoint(accelerator, output_dir, step, config.checkpoints_total_limit)
 
     accelerator.end_training()
     if step < config.max_train_steps:
@@ -255,10 +263,15 @@ def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total_limit: int) -> None:
     """Write `checkpoint-STEP` so that it exists complete or not at all, then delete the oldest beyond the limit."""
-    unfinished = output_dir / f"unfinished-checkpoint-{step}"
+    unfinished, finished = output_dir / "unfinished-checkpoint", output_dir / f"checkpoint-{step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        unfinished.replace(output_dir / f"checkpoint-{step}")
+        if finished.exists():
+            shutil.rmtree(finished)
+        unfinished.replace(finished)
         for old in checkpoints(output_dir)[:-total_limit]:
             shutil.rmtree(old)
