@@ -69,7 +69,7 @@ def main(options: Options) -> None:
     """Print a table of accuracies."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    pipe = DiffusionPipeline.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype))
+    pipe = DiffusionPipeline.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     pipe.to(options.device).set_progress_bar_config(disable=True)
 
     judge, judge_accuracy = fit_judge(options, pipe.unet.config.sample_size)

@@ -5,7 +5,8 @@
 
 The data are a Gaussian mixture, so the best denoiser and classifier are known in closed form at every noise level, and
 a sample guided by the classifier must equal the one of classifier-free guidance from the same noise. The bench is
-`../shared/checks/schedulers_analytic.py`; `sample` is what its option `--impl benchmarks.schedulers_table:sample` takes.
+`../shared/checks/schedulers_analytic.py`; its own command runs this pipeline with `--impl
+benchmarks.schedulers_table:sample`.
 """
 
 import importlib.util

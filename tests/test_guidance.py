@@ -146,7 +146,9 @@ def test_epsilon_moves_by_the_familiar_formula(alpha, sigma):
     assert gain == pytest.approx(-math.sqrt(1 - abar))
 
 
-@pytest.mark.parametrize("steps, schedule", [(1000, "linear"), (1000, "squaredcos_cap_v2"), (4000, "squaredcos_cap_v2")])
+@pytest.mark.parametrize(
+    "steps, schedule", [(1000, "linear"), (1000, "squaredcos_cap_v2"), (4000, "squaredcos_cap_v2")]
+)
 def test_timesteps_of_the_training_schedule_are_exact(steps, schedule):
     scheduler = DDPMScheduler(steps, beta_schedule=schedule)
     table = noise_table(scheduler)

@@ -62,7 +62,7 @@ class TrainingConfig:
     checkpointing_steps: int = 500
     """optimizer steps between checkpoints"""
     checkpoints_total_limit: int = 2
-    """older checkpoints are deleted"""
+    """older checkpoints are deleted; 0 keeps all"""
     resume_from_checkpoint: str | None = None
     """`latest` (starts anew when there is none) or a checkpoint folder that you trust: it holds pickles"""
     validation_steps: int = 500
@@ -137,7 +137,7 @@ _MNIST = {
 UNET_PRESETS = {
     "digits": UNetTrainingConfig(output_dir="runs/digits-unet"),
     "mnist": UNetTrainingConfig(
-        **_MNIST, output_dir="runs/mnist-unet", block_out_channels=(32, 64, 96), max_train_steps=10_000
+        **_MNIST, output_dir="runs/mnist-unet", block_out_channels=(16, 48, 96), max_train_steps=4500
     ),
 }
 
@@ -146,8 +146,8 @@ CLASSIFIER_PRESETS = {
     "mnist": ClassifierTrainingConfig(
         **_MNIST,
         output_dir="runs/mnist-classifier",
-        block_out_channels=(32, 64, 64),
-        max_train_steps=4000,
+        block_out_channels=(16, 48, 64),
+        max_train_steps=2500,
         adam_weight_decay=0.05,
     ),
 }

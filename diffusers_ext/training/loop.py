@@ -169,8 +169,9 @@ class MetricsLog:
         if accelerator.is_main_process:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-            # What an interrupted run did after its last checkpoint is done again.
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            # What an interrupted run did after its last checkpoint is done again; its last line may be half a line.
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            self.path.write_text("".join(kept))
             self.path.with_name("config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
         if config.report_to != "none":
             options = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(config).items()}
