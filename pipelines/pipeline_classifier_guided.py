@@ -77,7 +77,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         classifier: "diffusers.ADMClassifierModel | None" = None,
         guider: BaseGuidance | None = None,
-        id2label: dict[int | str, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
         classifier_schedule: dict[str, Any] | None = None,
     ):
         super().__init__()

@@ -109,7 +109,7 @@ def test_save_and_load(tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert loaded.config.id2label == LABELS
     assert loaded.config.classifier_schedule == {"beta_schedule": "squaredcos_cap_v2"}
-    np.testing.assert_array_equal(draw(loaded, class_labels="seven"), draw(pipe, class_labels="seven"))
+    np.testing.assert_allclose(draw(loaded, class_labels="seven"), draw(pipe, class_labels="seven"), atol=1e-5)
 
 
 @pytest.mark.parametrize("guider", [None, diffusers.ClassifierFreeGuidance(guidance_scale=2.0)])
@@ -120,8 +120,7 @@ def test_save_and_load_optional_components(tmp_path, guider):
     loaded.set_progress_bar_config(disable=True)
     assert loaded.classifier is None
     assert type(loaded.guider) is type(guider) and (guider is None or loaded.guider.guidance_scale == 2.0)
-    if guider is None:
-        np.testing.assert_array_equal(draw(loaded), draw(pipe))
+    np.testing.assert_allclose(draw(loaded), draw(pipe), atol=1e-5)
 
 
 def test_loading_is_silent(tmp_path, caplog):
@@ -245,14 +244,14 @@ def test_offload_hooks_are_freed_last():
     assert "classifier" not in pipe.model_cpu_offload_seq
 
 
-@pytest.mark.parametrize("dtype, atol", [(torch.bfloat16, 0.15), (torch.float16, 0.03)])
-def test_half_precision(dtype, atol):
+@pytest.mark.parametrize("dtype, deviation", [(torch.bfloat16, 0.02), (torch.float16, 0.004)])
+def test_half_precision(dtype, deviation):
     pipe = tiny_pipe(scheduler=DPMSolverMultistepScheduler())
     expected = draw(pipe)
     actual = draw(pipe.to(dtype))
     assert pipe.unet.dtype == pipe.classifier.dtype == dtype
     assert np.isfinite(actual).all()
-    np.testing.assert_allclose(actual, expected, atol=atol)
+    assert np.abs(actual - expected).mean() < deviation
 
 
 def test_inside_inference_mode():
