@@ -32,7 +32,7 @@ NETWORKS = {
     "vp": "noise, image or v of a variance-preserving process",
     "flow": "velocity of a flow",
     "edm": "EDM's preconditioning",
-    "own": "as its original's does, which defines the time",
+    "own": "what the scheduler's own model predicts, in its own time",
 }
 MARKERS = ("<!-- schedulers:start -->", "<!-- schedulers:end -->")
 
@@ -84,7 +84,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         deviation = max((row["d3"] for row in passed), default=float("nan"))
         lines.append(f"| {description} | {', '.join(names)} | {len(passed)} | {deviation:.0e} |")
 
-    lines += ["", "Refused, before any network is run:", ""]
+    lines += ["", "Refused with an error that names the reason and an alternative, before any network is run:", ""]
     by_reason = sorted(REFUSED_SCHEDULERS.items(), key=lambda item: (item[1][0], item[0]))
     for reason, group in itertools.groupby(by_reason, key=lambda item: item[1][0]):
         names = [name.removesuffix("Scheduler") for name, _ in group]

@@ -71,6 +71,18 @@ REFUSED_SCHEDULERS: dict[str, tuple[str, str]] = {
     "VQDiffusionScheduler": _DISCRETE,
 }
 
+# Prediction types that `step` of some schedulers would refuse after the network has run.
+UNKNOWN_PREDICTIONS: dict[str, tuple[str, ...]] = {
+    "sample": (
+        "DPMSolverSDEScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "PNDMScheduler",
+    ),
+    "v_prediction": ("UnCLIPScheduler",),
+}
+
 
 def is_a(scheduler: SchedulerMixin, *names: str) -> bool:
     """Whether `scheduler` is of a class of one of these names, or of a subclass."""
@@ -101,6 +113,11 @@ def check_scheduler(scheduler: SchedulerMixin, sigma_data: float | None = None) 
             f"`scheduler` {name} needs a network trained on the velocity of a flow, but it was configured from a "
             f"scheduler with `prediction_type` {config.prediction_type!r}. Use `EulerDiscreteScheduler` or "
             "`DPMSolverMultistepScheduler` with this network."
+        )
+    if is_a(scheduler, *UNKNOWN_PREDICTIONS.get(prediction_type(scheduler), ())):
+        raise ValueError(
+            f"`scheduler` {name} does not know `prediction_type` {config.prediction_type!r}. Use "
+            "`EulerDiscreteScheduler`, `DDPMScheduler` or `DPMSolverMultistepScheduler`."
         )
     if config.get("stages", 1) != 1:
         raise ValueError(f"`scheduler` {name} has {config.stages} stages of growing images; configure `stages=1`.")

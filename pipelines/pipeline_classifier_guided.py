@@ -66,7 +66,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             has no `alphas_cumprod`, as for flow matching.
     """
 
-    model_cpu_offload_seq = "unet"  # the classifier runs in every step as well, and moving it would cost more than it
+    model_cpu_offload_seq = "unet"  # the classifier runs in every step too, and is not to take turns with it
     _optional_components = ["classifier", "guider"]
     _callback_tensor_inputs = ["latents"]
 
@@ -409,7 +409,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 f"`classifier` looks at {classifier.config.in_channels} channels, but `unet` draws "
                 f"{self._image_channels}; the two must be trained on the same images."
             )
-        if classifier.config.sample_size != unet.config.sample_size:
+        if _height_width(classifier.config.sample_size) != _height_width(unet.config.sample_size):
             raise ValueError(
                 f"`classifier` was trained on images of {classifier.config.sample_size} pixels, `unet` on "
                 f"{unet.config.sample_size}; the two must be trained on the same images."
@@ -450,9 +450,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """Noise `(B, C, H, W)` as strong as the scheduler starts with, float32."""
         if sample is None:
-            size = self.unet.config.sample_size
-            height, width = (size, size) if isinstance(size, int) else size
-            shape = (batch_size, self._image_channels, height, width)
+            shape = (batch_size, self._image_channels, *_height_width(self.unet.config.sample_size))
             sample = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         return sample.to(device, torch.float32) * float(getattr(self.scheduler, "init_noise_sigma", 1.0))
 
@@ -524,6 +522,10 @@ def _flatten(labels: ClassLabels) -> Iterator[int | str]:
             yield from _flatten(label)
     else:
         yield labels
+
+
+def _height_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
 
 
 def _with_exact_variance(scheduler: SchedulerMixin) -> SchedulerMixin:

@@ -8,6 +8,11 @@ from diffusers_ext.models.unet_adm import FiLMGroupNorm, PointwiseConv2d, Upsamp
 
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
+ARGUMENTS = {WinogradConv2d: {"kernel_size": 3, "padding": 1}, UpsampleConv2d: {}, PointwiseConv2d: {"kernel_size": 1}}
+
+
+def build(conv_class, in_channels, out_channels):
+    return conv_class(in_channels, out_channels, **ARGUMENTS[conv_class])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -15,7 +20,7 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 @pytest.mark.parametrize("conv_class", [WinogradConv2d, UpsampleConv2d, PointwiseConv2d])
 def test_convolution_equals_conv2d_in_float64(conv_class, shape, layout):
     torch.manual_seed(0)
-    conv = conv_class(shape[1], 144)
+    conv = build(conv_class, shape[1], 144)
     image = torch.randn(shape)
     seen = image.double()
     if conv_class is UpsampleConv2d:
@@ -29,7 +34,7 @@ def test_convolution_equals_conv2d_in_float64(conv_class, shape, layout):
 @pytest.mark.parametrize("conv_class", [WinogradConv2d, UpsampleConv2d, PointwiseConv2d])
 def test_convolution_has_the_gradients_of_conv2d(conv_class):
     torch.manual_seed(0)
-    conv = conv_class(128, 128).double()
+    conv = build(conv_class, 128, 128).double()
     image = torch.randn(1, 128, 32, 32, dtype=torch.float64, requires_grad=True)
     inputs = (image, conv.weight, conv.bias)
     seen = F.interpolate(image, scale_factor=2.0, mode="nearest") if conv_class is UpsampleConv2d else image

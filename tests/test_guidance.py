@@ -232,7 +232,7 @@ def test_schedulers_of_edm_need_a_network_of_edm():
 def test_flow_schedulers_do_not_take_a_network_for_noise():
     trained = DDPMScheduler(prediction_type="epsilon")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(trained.config)
-    with pytest.raises(ValueError, match="velocity of a flow .* 'epsilon'"):
+    with pytest.raises(ValueError, match="velocity of a flow, .* 'epsilon'"):
         check_scheduler(scheduler)
     check_scheduler(diffusers.FlowMatchEulerDiscreteScheduler())
 
@@ -254,6 +254,12 @@ def test_ancestral_variance_is_that_of_the_original(unit, variance_type):
         values = unit["model_output"][row : row + 1, 3:]
         actual = torch.as_tensor(variance(timesteps.index(timestep), values), dtype=torch.float32)
         torch.testing.assert_close(actual.expand(1, 3, 4, 4), expected[row : row + 1], rtol=1e-4, atol=1e-12)
+
+
+def test_a_learned_variance_is_taken_as_the_scheduler_takes_it():
+    values = torch.rand(1, 3, 4, 4)
+    variance = ancestral_variance_rule(DDPMScheduler(variance_type="learned"), [500, 0])
+    assert variance(0, values) is values
 
 
 def test_guided_mean_is_that_of_the_original(unit):

@@ -291,13 +291,15 @@ def test_without_guidance_the_classifier_is_not_run(scheduler_class):
 
 def test_unguided_ancestral_sampling_is_that_of_diffusers():
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    unet, scheduler = randomised(UNet2DModel(8, 3, 3, block_out_channels=(32, 64), **blocks)), DDPMScheduler()
+    unet, scheduler = randomised(UNet2DModel((8, 8), 3, 3, block_out_channels=(32, 64), **blocks)), DDPMScheduler()
     theirs = DDPMPipeline(unet, scheduler)
     theirs.set_progress_bar_config(disable=True)
     ours = tiny_pipe(unet=unet, scheduler=scheduler, classifier=None)
     arguments = {"num_inference_steps": 5, "output_type": "np", "batch_size": 2}
     expected = theirs(**arguments, generator=torch.Generator().manual_seed(0)).images
     np.testing.assert_allclose(draw(ours, class_labels=None, **arguments), expected, atol=1e-6)
+    ours.classifier = tiny_classifier()
+    assert not np.array_equal(draw(ours, **arguments), expected)
 
 
 @pytest.mark.parametrize(

@@ -117,9 +117,6 @@ def upsample(hidden_states: torch.Tensor) -> torch.Tensor:
 class PointwiseConv2d(nn.Conv2d):
     """1x1 convolution as the matrix product of pixels that it is."""
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 1)
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not _is_channels_last(hidden_states):
             return super().forward(hidden_states)
@@ -134,14 +131,14 @@ class WinogradConv2d(nn.Conv2d):
     whose library has none; that of CUDA chooses such algorithms by itself.
     """
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, C_in, H, W) -> (B, C_out, H, W)."""
         batch, channels, height, width = hidden_states.shape
+        if not _is_float32_inference_on_cpu(hidden_states):
+            return super().forward(hidden_states)
         if (
-            not _is_float32_inference_on_cpu(hidden_states)
+            self.kernel_size != (3, 3)
+            or self.bias is None  # half of a LoRA, which peft builds from this class
             or min(channels, self.out_channels) < 128  # too few for what transforming the image costs
             or batch * height * width < 1024  # and here for what transforming the weight costs
             or height % 2
@@ -235,11 +232,15 @@ class ADMResnetBlock(nn.Module):
         self.scale_shift = scale_shift
         self.temb_width = 2 * out_channels if scale_shift else out_channels
         self.norm1 = FiLMGroupNorm(norm_num_groups, in_channels, norm_eps)
-        self.conv1 = (UpsampleConv2d if resample is upsample else WinogradConv2d)(in_channels, out_channels)
+        self.conv1 = (
+            UpsampleConv2d(in_channels, out_channels)
+            if resample is upsample
+            else WinogradConv2d(in_channels, out_channels, 3, padding=1)
+        )
         self.norm2 = FiLMGroupNorm(norm_num_groups, out_channels, norm_eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_module(WinogradConv2d(out_channels, out_channels))
-        self.conv_shortcut = PointwiseConv2d(in_channels, out_channels) if in_channels != out_channels else None
+        self.conv2 = zero_module(WinogradConv2d(out_channels, out_channels, 3, padding=1))
+        self.conv_shortcut = PointwiseConv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, hidden_states: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
         """`hidden_states` (B, C_in, H, W), `temb` (B or 1, temb_width). Returns (B, C_out, H', W')."""
@@ -393,7 +394,7 @@ class ADMBackbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ADMDownBlock", "ADMMidBlock", "ADMUpBlock"]
-    _repeated_blocks = ["ADMResnetBlock", "ADMAttention"]
+    _repeated_blocks = ["ADMAttention"]  # residual blocks come in more shapes than a compiler keeps apart
     _skip_layerwise_casting_patterns = ["norm", "positional_embedding"]
 
     def _build_encoder(self) -> None:
