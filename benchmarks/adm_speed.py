@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from diffusers.utils import logging
+
 from diffusers_ext.guidance import classifier_log_prob_grad
 from diffusers_ext.models.unet_adm import ADMClassifierModel, ADMUNet2DModel
 

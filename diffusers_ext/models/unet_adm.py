@@ -41,31 +41,48 @@ class ADMClassifierOutput(BaseOutput):
     logits: torch.Tensor
 
 
-class FiLMGroupNorm(nn.GroupNorm):
+class ADMGroupNorm(nn.GroupNorm):
+    """Group norm that is exact in both memory formats of an image, with an affine part for each image if need be.
+
+    A group never spans two images, so B images of C channels are one image of B C channels to it, each with a weight
+    and a bias of its own.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        if _is_channels_last(hidden_states):
+            batch = hidden_states.shape[0]
+            return self.normalise(hidden_states, self.weight.expand(batch, -1), self.bias.expand(batch, -1))
+        return super().forward(hidden_states)
+
+    def normalise(self, hidden_states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """`hidden_states` (B, C, H, W), `weight` and `bias` (B, C). Returns (B, C, H, W)."""
+        if _is_channels_last(hidden_states):
+            return _group_norm_channels_last(hidden_states, self.num_groups, weight, bias, self.eps)
+        batch, channels, height, width = hidden_states.shape
+        return F.group_norm(
+            hidden_states.reshape(1, batch * channels, height, width),
+            batch * self.num_groups,
+            weight.flatten(),
+            bias.flatten(),
+            self.eps,
+        ).view(batch, channels, height, width)
+
+
+class FiLMGroupNorm(ADMGroupNorm):
     """`silu(norm(x) * (1 + scale) + shift)`: group normalisation, feature-wise modulation and activation.
 
     The modulation (Perez et al., 2018, https://arxiv.org/abs/1709.07871; "AdaGN" in Dhariwal and Nichol, Sec. 3) is
-    folded into the affine part of the norm: a group never spans two images, so B images of C channels are one image
-    of B C channels, each with a weight and a bias of its own, and the feature map is read and written once.
+    folded into the affine part of the norm, so that the feature map is read and written once.
     """
 
     def forward(self, hidden_states: torch.Tensor, scale_shift: torch.Tensor | None = None) -> torch.Tensor:
         """`hidden_states` (B, C, H, W); `scale_shift` (B or 1, 2C), the scale first. Returns (B, C, H, W)."""
-        batch, channels, height, width = hidden_states.shape
-        weight, bias = self.weight.expand(batch, -1), self.bias.expand(batch, -1)  # (B, C)
-        if scale_shift is not None:
-            scale, shift = scale_shift.expand(batch, -1).chunk(2, dim=1)
-            weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
-        if _is_channels_last(hidden_states):
-            hidden_states = _group_norm_channels_last(hidden_states, self.num_groups, weight, bias, self.eps)
+        if scale_shift is None:
+            hidden_states = super().forward(hidden_states)
         else:
-            hidden_states = F.group_norm(
-                hidden_states.reshape(1, batch * channels, height, width),
-                batch * self.num_groups,
-                weight.flatten(),
-                bias.flatten(),
-                self.eps,
-            ).view(batch, channels, height, width)
+            scale, shift = scale_shift.expand(hidden_states.shape[0], -1).chunk(2, dim=1)
+            hidden_states = self.normalise(hidden_states, self.weight * (1 + scale), self.bias * (1 + scale) + shift)
         # Without autograd nobody else holds the norm's output.
         return F.silu(hidden_states, inplace=not torch.is_grad_enabled())
 
@@ -77,6 +94,7 @@ def _is_float32_inference_on_cpu(hidden_states: torch.Tensor) -> bool:
         and hidden_states.dtype == torch.float32
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
@@ -100,8 +118,9 @@ def _group_norm_channels_last(
         mean = torch.bmm(average, values).unflatten(2, (num_groups, -1)).mean(dim=3)  # (B, 1, groups)
         return mean.repeat_interleave(values.shape[2] // num_groups, dim=2)  # (B, 1, C)
 
-    centred = pixels - group_mean(pixels)
-    scale = weight[:, None] * torch.rsqrt(group_mean(centred.square()) + eps)
+    with torch.autocast(hidden_states.device.type, enabled=False):  # products in half precision lose the mean
+        centred = pixels - group_mean(pixels)
+        scale = weight[:, None] * torch.rsqrt(group_mean(centred.square()) + eps)
     output = torch.addcmul(bias[:, None].to(scale.dtype), centred, scale).to(hidden_states.dtype)
     return output.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
@@ -267,13 +286,14 @@ class ADMResample(nn.Module):
     def __init__(self, channels: int, resample: Resample, use_conv: bool):
         super().__init__()
         self.resample = resample
-        stride = 2 if resample is downsample else 1
-        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1) if use_conv else None
+        self.conv = None
+        if use_conv and resample is upsample:
+            self.conv = UpsampleConv2d(channels, channels)
+        elif use_conv:
+            self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.resample is upsample or self.conv is None:
-            hidden_states = self.resample(hidden_states)
-        return hidden_states if self.conv is None else self.conv(hidden_states)
+        return self.resample(hidden_states) if self.conv is None else self.conv(hidden_states)
 
 
 class ADMAttnProcessor:
@@ -306,7 +326,7 @@ class ADMAttention(nn.Module, AttentionModuleMixin):
         self.heads = heads
         self.use_bias = True
         self.is_cross_attention = False
-        self.group_norm = nn.GroupNorm(norm_num_groups, channels, norm_eps)
+        self.group_norm = ADMGroupNorm(norm_num_groups, channels, norm_eps)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -526,10 +546,11 @@ class ADMBackbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
             )
         if temb is None:
             timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).reshape(-1)
-            if timestep.shape[0] not in (1, sample.shape[0]):
-                raise ValueError(
-                    f"`timestep` has {timestep.shape[0]} entries for {sample.shape[0]} images; give one, or one each."
-                )
+            for name, values in (("timestep", timestep), ("class_labels", class_labels)):
+                if values is not None and values.numel() not in (1, sample.shape[0]):
+                    raise ValueError(
+                        f"`{name}` has {values.numel()} entries for {sample.shape[0]} images; give one, or one each."
+                    )
             temb = self._embed_time(timestep, class_labels, sample.dtype)
         return iter(temb.split(self._temb_widths, dim=1))
 
@@ -650,6 +671,11 @@ class ADMUNet2DModel(ADMBackbone):
             )
         tembs = self._prepare(sample, timestep, class_labels, temb)
         if low_res is not None:
+            expected = (sample.shape[0], self.config.low_res_channels)
+            if low_res.ndim != 4 or low_res.shape[:2] != expected:
+                raise ValueError(
+                    f"`low_res` has shape {tuple(low_res.shape)}, expected {expected} and a height and a width."
+                )
             low_res = F.interpolate(low_res, size=sample.shape[2:], mode="bilinear")
             sample = torch.cat([sample, low_res.to(sample.dtype)], dim=1)
 
@@ -942,3 +968,17 @@ def _check_config(config) -> None:
                 f"`attention_resolutions` {tuple(config.attention_resolutions)}: {resolution} is not the size in "
                 f"pixels of a feature map of a {config.sample_size} px image, which is halved from level to level."
             )
+    widths = config.block_out_channels
+    with_attention = {width for size, width in zip(sizes, widths) if size in config.attention_resolutions}
+    with_attention.add(widths[-1])
+    divisors = [("num_attention_heads" if config.num_attention_heads else "attention_head_dim", with_attention)]
+    if config.get("num_attention_heads_upsample"):
+        divisors.append(("num_attention_heads_upsample", with_attention))
+    if config.get("pool") == "attention":
+        divisors.append(("attention_head_dim", {widths[-1]}))
+    for option, divided in divisors:
+        for width in divided:
+            if not config[option] or width % config[option]:
+                raise ValueError(
+                    f"`{option}` ({config[option]}) must divide {width}, the width of a feature map with attention."
+                )
