@@ -308,10 +308,18 @@ def to_flags(architecture: str, model: ADMModel) -> Flags:
     """Flags of the network that `model` was or would be in the original, the inverse of `to_config`.
 
     q, k and v are in the order that the model was loaded with, where the codebase has a choice, and else in its
-    default order. What the codebase has no flag for is not looked at here: complete the flags, and compare the config
-    that they lead to.
+    default order. Other options that the codebase has no flag for are not looked at here: complete the flags, and
+    compare the config that they lead to.
+
+    Raises:
+        ValueError: when the norms have another number of groups than all of these codebases.
     """
     codebase, config = CODEBASES[architecture], model.config
+    if config.norm_num_groups != 32:
+        raise ValueError(
+            f"`model` has `norm_num_groups` {config.norm_num_groups}, but {architecture!r} has 32 groups in every norm: "
+            "no file of that codebase can hold it."
+        )
     model_channels = config.model_channels or config.block_out_channels[0]
     low_res_channels = config.get("low_res_channels", 0)
     heads = config.num_attention_heads
