@@ -318,7 +318,7 @@ def test_flags_that_mean_nothing_are_refused(architecture, arguments, message):
 @pytest.mark.parametrize(
     "config, architecture, message",
     [
-        ({"norm_num_groups": 16}, None, "32 groups in every norm"),
+        ({"norm_num_groups": 16}, None, "has 32 groups"),
         ({"norm_eps": 1e-6}, None, "norm_eps"),
         ({"timestep_scale": 0.3}, None, "timestep_scale=0.3"),
         ({}, "improved-diffusion/unet", "num_head_channels=32"),

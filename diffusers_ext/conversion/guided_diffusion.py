@@ -317,8 +317,8 @@ def to_flags(architecture: str, model: ADMModel) -> Flags:
     codebase, config = CODEBASES[architecture], model.config
     if config.norm_num_groups != 32:
         raise ValueError(
-            f"`model` has `norm_num_groups` {config.norm_num_groups}, but {architecture!r} has 32 groups in every norm: "
-            "no file of that codebase can hold it."
+            f"`model` has `norm_num_groups` {config.norm_num_groups}, but {architecture!r} has 32 groups in every "
+            "norm: no file of that codebase can hold it."
         )
     model_channels = config.model_channels or config.block_out_channels[0]
     low_res_channels = config.get("low_res_channels", 0)
