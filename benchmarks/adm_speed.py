@@ -58,9 +58,9 @@ def adm64(model_channels: int) -> ADMUNet2DModel:
 
 def adm64_classifier(model_channels: int) -> ADMClassifierModel:
     """The 64 px classifier of guided-diffusion (128 channels beside a UNet of 192), narrowed with the UNet."""
-    width = 128 if model_channels == 192 else 32 * max(1, round(model_channels * 128 / 192 / 32))
+    width = 32 * max(1, round(model_channels / 48))
     widths = tuple(width * multiplier for multiplier in (1, 2, 3, 4))
-    return randomised(ADMClassifierModel(sample_size=64, block_out_channels=widths))
+    return randomised(ADMClassifierModel(sample_size=64, block_out_channels=widths, attention_head_dim=min(width, 64)))
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:

@@ -916,10 +916,11 @@ def _adm_config(config) -> dict:
     """Options of the `ADMUNet2DModel` that equals a `UNet2DModel` of this config: `_diffusers_config` backwards."""
     widths = tuple(config.block_out_channels)
     attention = ["Attn" in block for block in config.down_block_types]
+    size = config.sample_size if isinstance(config.sample_size, int) else 0  # an error below
     options = {
         **{option: config[option] for option in _SHARED_OPTIONS},
         "block_out_channels": widths,
-        "attention_resolutions": tuple((config.sample_size or 0) // 2**n for n, has in enumerate(attention) if has),
+        "attention_resolutions": tuple(size // 2**n for n, has in enumerate(attention) if has),
         "attention_head_dim": config.attention_head_dim,
         "resample_type": config.downsample_type,
     }
