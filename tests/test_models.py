@@ -182,6 +182,20 @@ def test_forms_of_the_timestep_agree_and_timesteps_matter(case):
     assert error(predict(model, inputs | {"timestep": torch.tensor([250, 900])})[1:], expected[1:]) > 1e-3
 
 
+def test_timestep_scale_multiplies_timesteps():
+    inputs = unet().inputs()
+    expected = predict(unet().build(), inputs | {"timestep": 100})
+    assert error(predict(unet(timestep_scale=0.25).build(), inputs | {"timestep": 400}), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name, up", [("scale_shift", 4), ("heads_by_count", 4)])
+def test_number_of_heads(name, up):
+    down = CASES[name].config.get("num_attention_heads", 64 // TINY["attention_head_dim"])
+    modules = CASES[name].build().named_modules()
+    heads = {name.split(".")[0]: module.heads for name, module in modules if isinstance(module, ADMAttention)}
+    assert heads == {"down_blocks": down, "mid_block": down, "up_blocks": up}
+
+
 def test_conditions_matter():
     for name, changed in (("class_conditional", "class_labels"), ("super_resolution", "low_res")):
         model, inputs = CASES[name].build(), CASES[name].inputs()
