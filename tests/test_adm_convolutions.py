@@ -8,11 +8,11 @@ from diffusers_ext.models.unet_adm import FiLMGroupNorm, PointwiseConv2d, Upsamp
 
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-ARGUMENTS = {WinogradConv2d: {"kernel_size": 3, "padding": 1}, UpsampleConv2d: {}, PointwiseConv2d: {"kernel_size": 1}}
 
 
 def build(conv_class, in_channels, out_channels):
-    return conv_class(in_channels, out_channels, **ARGUMENTS[conv_class])
+    size = 1 if conv_class is PointwiseConv2d else 3
+    return conv_class(in_channels, out_channels, size, padding=size // 2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

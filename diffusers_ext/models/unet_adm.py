@@ -214,11 +214,10 @@ class UpsampleConv2d(nn.Conv2d):
     Each output pixel sees 2x2 input pixels only, with sums of taps as weights: 4 multiplications instead of 9.
     """
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, C_in, H, W) -> (B, C_out, 2H, 2W)."""
+        if self.kernel_size != (3, 3):  # second half of a LoRA, which peft builds from this class
+            return super().forward(hidden_states)
         # Row i of a 4-tap kernel of stride 2 sums these taps of the 3-tap kernel.
         sums = self.weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
         weight = self.weight.flatten(2) @ torch.kron(sums, sums).T  # (C_out, C_in, 9) -> (C_out, C_in, 16)
@@ -251,11 +250,8 @@ class ADMResnetBlock(nn.Module):
         self.scale_shift = scale_shift
         self.temb_width = 2 * out_channels if scale_shift else out_channels
         self.norm1 = FiLMGroupNorm(norm_num_groups, in_channels, norm_eps)
-        self.conv1 = (
-            UpsampleConv2d(in_channels, out_channels)
-            if resample is upsample
-            else WinogradConv2d(in_channels, out_channels, 3, padding=1)
-        )
+        conv_class = UpsampleConv2d if resample is upsample else WinogradConv2d
+        self.conv1 = conv_class(in_channels, out_channels, 3, padding=1)
         self.norm2 = FiLMGroupNorm(norm_num_groups, out_channels, norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_module(WinogradConv2d(out_channels, out_channels, 3, padding=1))
@@ -288,7 +284,7 @@ class ADMResample(nn.Module):
         self.resample = resample
         self.conv = None
         if use_conv and resample is upsample:
-            self.conv = UpsampleConv2d(channels, channels)
+            self.conv = UpsampleConv2d(channels, channels, 3, padding=1)
         elif use_conv:
             self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
