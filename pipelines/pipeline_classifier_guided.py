@@ -11,7 +11,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
-from typing import Any
 
 import torch
 
@@ -78,7 +77,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         classifier: "diffusers.ADMClassifierModel | None" = None,
         guider: BaseGuidance | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
-        classifier_schedule: dict[str, Any] | None = None,
+        classifier_schedule: dict | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier, guider=guider)
