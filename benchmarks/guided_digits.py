@@ -101,11 +101,11 @@ def main(options: Options) -> None:
                 Image.fromarray((np.concatenate(pictures) * 255).round().astype(np.uint8)).save(options.picture)
 
 
-def fit_judge(options: Options, sample_size: int) -> tuple[KNeighborsClassifier, float]:
-    """The judge of grey images `(N, sample_size ** 2)` in [0, 1], and its accuracy on MNIST's test images."""
+def fit_judge(options: Options, sample_size: int, channels: int = 1) -> tuple[KNeighborsClassifier, float]:
+    """The judge of images `(N, channels * sample_size ** 2)` in [0, 1], and its accuracy on MNIST's test images."""
     pixels, labels = {}, {}
     for split in ("train", "test"):
-        data = load_images(options.dataset, split, sample_size=sample_size, channels=1, need_labels=True)
+        data = load_images(options.dataset, split, sample_size=sample_size, channels=channels, need_labels=True)
         pixels[split], labels[split] = data.decoded.flatten(1).numpy().astype(np.float32) / 255, data.labels
     judge = KNeighborsClassifier(options.neighbours, weights="distance", algorithm="brute")
     judge.fit(pixels["train"], labels["train"])

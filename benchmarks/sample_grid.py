@@ -1,6 +1,6 @@
-"""Draws digits with classifier guidance: one column per class, one row per guidance scale, the same noise in a column.
+"""Draws digits with trained models: one row per model and guidance scale, one column per class, which is also a seed.
 
-`make sample` runs it with the trained model of this repository; `--help` lists what can be changed.
+`make sample` draws all models of this repository side by side; `--help` lists what can be changed.
 """
 
 import time
@@ -15,68 +15,75 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 import diffusers_ext  # noqa: F401, for DiffusionPipeline to find our classes
 
 
-ROOT = Path(__file__).resolve().parents[1]
-MARGIN = 64  # pixels left of the grid and above it, for the captions
+MODEL_CARDS = Path(__file__).resolve().parents[1] / "model_cards"
+HEADER = 32  # pixels above the grid, for the captions of columns
 
 
 def draw_grid(rows: list[list[Image.Image]], row_captions: list[str], column_captions: list[str]) -> Image.Image:
-    """One picture of equally large images with captions to the left and above."""
-    width, height = rows[0][0].size
-    size = (MARGIN + width * len(column_captions), MARGIN // 2 + height * len(rows))
-    grid = Image.new(rows[0][0].mode, size, "white")
-    draw = ImageDraw.Draw(grid)
+    """One picture of images in cells of one size, with captions to the left and above."""
+    width, height = (max(image.size[side] for row in rows for image in row) for side in (0, 1))
     font = ImageFont.load_default(size=15)
+    margin = int(max(font.getlength(line) for caption in row_captions for line in caption.split("\n"))) + 24
+    size = (margin + width * len(column_captions), HEADER + height * len(rows))
+    grid = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(grid)
+    draw.rectangle((margin, HEADER, *size), fill="black")
     for column, caption in enumerate(column_captions):
-        draw.text((MARGIN + (column + 0.5) * width, MARGIN / 4), caption, fill="black", font=font, anchor="mm")
+        draw.text((margin + (column + 0.5) * width, HEADER / 2), caption, fill="black", font=font, anchor="mm")
     for row, (images, caption) in enumerate(zip(rows, row_captions, strict=True)):
-        top = MARGIN // 2 + row * height
-        draw.text((MARGIN / 2, top + height / 2), caption, fill="black", font=font, anchor="mm")
+        top = HEADER + row * height
+        draw.text((margin / 2, top + height / 2), caption, fill="black", font=font, anchor="mm", align="center")
         for column, image in enumerate(images):
-            grid.paste(image, (MARGIN + column * width, top))
+            left = margin + column * width + (width - image.width) // 2
+            grid.paste(image, (left, top + (height - image.height) // 2))
     return grid
 
 
 def main(
-    model: str = str(ROOT / "model_cards" / "adm-mnist"),
-    output: Path = Path("samples/adm-mnist.png"),
+    models: tuple[str, ...] = tuple(str(path.parent) for path in sorted(MODEL_CARDS.glob("*/model_index.json"))),
+    output: Path = Path("samples/models.png"),
     class_labels: tuple[int, ...] = tuple(range(10)),
-    guidance_scales: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0),
+    guidance_scales: tuple[float, ...] = (),
     num_inference_steps: int = 50,
     zoom: int = 2,
     seed: int = 0,
     device: str = "cpu",
 ) -> None:
-    """Draws a grid of guided samples with DDIM.
+    """Draws a grid of samples with DDIM.
 
     Args:
-        model: folder or Hub repository of a `ClassifierGuidedPipeline`.
+        models: folders or Hub repositories of `ClassifierGuidedPipeline` and `ClassConditionalPipeline`.
         output: PNG file to write.
-        class_labels: one column each.
-        guidance_scales: one row each; 0 does not look at the label.
+        class_labels: one column each; models that know no classes draw what they like.
+        guidance_scales: one row each for every model with classes; by default one row at the pipeline's own scale.
         num_inference_steps: steps of DDIM.
         zoom: pixels of the picture per pixel of a sample.
         seed: the images of column i start from the noise of seed + i.
         device: where to run.
     """
     start = time.perf_counter()
-    pipe = DiffusionPipeline.from_pretrained(model).to(device)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    rows, captions = [], []
+    for model in models:
+        pipe = DiffusionPipeline.from_pretrained(model).to(device)
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        name = Path(model).name
+        knows_classes = getattr(pipe, "classifier", None) is not None or pipe.is_class_conditional
+        for scale in (guidance_scales or (None,)) if knows_classes else (None,):
+            captions.append(name if scale is None else f"{name}\nscale {scale:g}")
+            pipe.set_progress_bar_config(desc=captions[-1].replace("\n", ", "))
+            condition = {"class_labels": list(class_labels)} if knows_classes else {"batch_size": len(class_labels)}
+            images = pipe(
+                **condition,
+                guidance_scale=scale,
+                num_inference_steps=num_inference_steps,
+                generator=[torch.Generator().manual_seed(seed + i) for i in range(len(class_labels))],
+            ).images
+            rows.append([ImageOps.scale(image, zoom, Image.Resampling.NEAREST) for image in images])
 
-    rows = []
-    for scale in guidance_scales:
-        pipe.set_progress_bar_config(desc=f"guidance scale {scale:g}")
-        images = pipe(
-            class_labels=list(class_labels),
-            guidance_scale=scale,
-            num_inference_steps=num_inference_steps,
-            generator=[torch.Generator().manual_seed(seed + i) for i in range(len(class_labels))],
-        ).images
-        rows.append([ImageOps.scale(image, zoom, Image.Resampling.NEAREST) for image in images])
-
-    grid = draw_grid(rows, [f"scale {scale:g}" for scale in guidance_scales], [str(label) for label in class_labels])
+    grid = draw_grid(rows, captions, [str(label) for label in class_labels])
     output.parent.mkdir(parents=True, exist_ok=True)
     grid.save(output)
-    print(f"{output} (columns: class, rows: guidance scale) in {time.perf_counter() - start:.0f} s")
+    print(f"{output} (columns: class and seed, rows: model) in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,25 @@ __version__ = "0.1.0"
 if not (Path(__file__).parent / "pipelines").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
-from diffusers_ext.models import ADMClassifierModel, ADMUNet2DModel
+from diffusers_ext.models import (
+    ADMClassifierModel,
+    ADMUNet2DModel,
+    DDPMUNet2DModel,
+    DilatedConvDenoiserModel,
+    GQADiTTransformer2DModel,
+)
 from diffusers_ext.pipelines import ClassifierGuidedPipeline
 from diffusers_ext.registration import register
 
 
 # The public classes: exactly these are made known to diffusers.
-__all__ = ["ADMClassifierModel", "ADMUNet2DModel", "ClassifierGuidedPipeline"]
+__all__ = [
+    "ADMClassifierModel",
+    "ADMUNet2DModel",
+    "ClassifierGuidedPipeline",
+    "DDPMUNet2DModel",
+    "DilatedConvDenoiserModel",
+    "GQADiTTransformer2DModel",
+]
 
 register()

@@ -26,6 +26,39 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils import BaseOutput
 
 
+# Named sizes for small images; those of the released checkpoints are in `diffusers_ext.conversion.presets`.
+_DIGITS = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "attention_resolutions": (4,),
+    "attention_head_dim": 32,
+    "norm_num_groups": 8,
+}
+_MNIST = _DIGITS | {"sample_size": 32, "attention_resolutions": (8,)}
+_MNIST_GUIDED = _MNIST | {"block_out_channels": (32, 64, 128), "num_class_embeds": 10, "null_class": True}
+PRESETS = {
+    "digits": _DIGITS | {"out_channels": 2},
+    "mnist-small": _MNIST | {"block_out_channels": (16, 48, 96), "out_channels": 2},
+    "mnist-28": _MNIST_GUIDED | {"sample_size": 28, "attention_resolutions": (7,), "out_channels": 1},
+    "mnist-32": _MNIST_GUIDED | {"attention_resolutions": (8,), "out_channels": 1},
+    # Width and depth of improved-diffusion's CIFAR-10 network, with the blocks and heads of ADM.
+    "cifar-32": {
+        "sample_size": 32,
+        "out_channels": 6,
+        "block_out_channels": (128, 256, 256, 256),
+        "layers_per_block": 3,
+        "attention_resolutions": (16, 8),
+        "num_class_embeds": 10,
+        "dropout": 0.3,
+    },
+}
+CLASSIFIER_PRESETS = {
+    "digits": _DIGITS | {"num_classes": 10},
+    "mnist-small": _MNIST | {"block_out_channels": (16, 48, 64), "num_classes": 10},
+}
+
 Timestep = int | float | torch.Tensor
 Resample = Callable[[torch.Tensor], torch.Tensor]
 
@@ -494,13 +527,34 @@ class ADMBackbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
 
         Args:
             timestep: N timesteps, a number or a tensor with 0 or 1 dimensions; see `forward`.
-            class_labels: class ids `(N,)` or `(1,)`; needed by a class-conditional UNet, None elsewhere.
+            class_labels: class ids `(N,)` or `(1,)` of a class-conditional UNet; see `forward`.
 
         Returns:
             `(N, S)` in the dtype of the model.
         """
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=self.device).reshape(-1)
-        return self._embed_time(timestep, class_labels, self.dtype)
+        return self._embed_time(timestep, self._class_rows(class_labels, self.device), self.dtype)
+
+    def _class_rows(self, class_labels: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+        """Rows of the class embedding `(N,)` or `(1,)`, checked; None for a model without classes."""
+        rows, null_class = self.config.get("num_class_embeds"), self.config.get("null_class")
+        if rows is None:
+            if class_labels is not None:
+                raise ValueError("`class_labels` were given to an unconditional UNet (`num_class_embeds` is None).")
+            return None
+        if class_labels is None:
+            if not null_class:
+                raise ValueError(
+                    "`class_labels` are needed by this class-conditional UNet, which has no null class (`null_class`)."
+                )
+            return torch.full((1,), rows, device=device)
+        rows += null_class
+        # Elsewhere a look at the values would wait for the device, or break the graph.
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = class_labels[(class_labels < 0) | (class_labels >= rows)]
+            if outside.numel():
+                raise ValueError(f"`class_labels` has {outside[0].item()}; labels of this UNet are 0 to {rows - 1}.")
+        return class_labels.to(device)
 
     def _embed_time(
         self, timestep: torch.Tensor, class_labels: torch.Tensor | None, dtype: torch.dtype
@@ -542,6 +596,7 @@ class ADMBackbone(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
             )
         if temb is None:
             timestep = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).reshape(-1)
+            class_labels = self._class_rows(class_labels, sample.device)
             for name, values in (("timestep", timestep), ("class_labels", class_labels)):
                 if values is not None and values.numel() not in (1, sample.shape[0]):
                     raise ValueError(
@@ -569,6 +624,8 @@ class ADMUNet2DModel(ADMBackbone):
         attention_head_dim: channels per head where `num_attention_heads` is None.
         num_attention_heads_upsample: number of heads on the way up, where it differs.
         num_class_embeds: number of classes of a class-conditional UNet.
+        null_class: one more class of index `num_class_embeds` that stands for no class, for classifier-free guidance
+            (Ho and Salimans, 2022, https://arxiv.org/abs/2207.12598, Sec. 3.2).
         low_res_channels: channels of the low-resolution image of a super-resolution UNet.
         resnet_time_scale_shift: "scale_shift" (modulation after the second norm) or "default" (sum before it).
         resample_type: "resnet" (inside a residual block), "conv" (strided, or after nearest upsampling) or "pool"
@@ -594,6 +651,7 @@ class ADMUNet2DModel(ADMBackbone):
         attention_head_dim: int = 64,
         num_attention_heads_upsample: int | None = None,
         num_class_embeds: int | None = None,
+        null_class: bool = False,
         low_res_channels: int = 0,
         resnet_time_scale_shift: str = "scale_shift",
         resample_type: str = "resnet",
@@ -605,7 +663,8 @@ class ADMUNet2DModel(ADMBackbone):
         super().__init__()
         self._build_encoder()
         if num_class_embeds is not None:
-            self.class_embedding = nn.Embedding(num_class_embeds, self.time_embedding.linear_2.out_features)
+            temb_dim = self.time_embedding.linear_2.out_features
+            self.class_embedding = nn.Embedding(num_class_embeds + null_class, temb_dim)
 
         # Widths of what the down path leaves: conv_in, then per level its layers and its downsampler.
         skips = [block_out_channels[0]]
@@ -641,7 +700,8 @@ class ADMUNet2DModel(ADMBackbone):
             sample: noisy images `(B, C, H, W)`, C without the low-resolution channels.
             timestep: noise level in units of the training schedule's steps, 0 being the least noise; one number (int,
                 float or 0-d tensor) or one per image `(B,)`. Fractions are meaningful.
-            class_labels: class ids `(B,)` in `[0, num_class_embeds)`, for a class-conditional UNet only.
+            class_labels: class ids, one `(1,)` or one per image `(B,)`, in `[0, num_class_embeds)`; with `null_class`
+                also `num_class_embeds`, which None stands for. None for an unconditional UNet.
             low_res: low-resolution images `(B, low_res_channels, h, w)`, for a super-resolution UNet only; resized
                 bilinearly to H x W here.
             temb: `(B, S)` or `(1, S)` from `embed_time`, in place of `timestep` and `class_labels`.
@@ -651,14 +711,9 @@ class ADMUNet2DModel(ADMBackbone):
             `UNet2DOutput` with `sample` `(B, out_channels, H, W)`.
 
         Raises:
-            ValueError: for a wrong shape, or a label or low-resolution image that is missing or not understood.
+            ValueError: for a wrong shape, a label or low-resolution image that is missing or not understood, or a
+                label out of range.
         """
-        if temb is None and (class_labels is None) != (self.config.num_class_embeds is None):
-            raise ValueError(
-                "`class_labels` are needed by this class-conditional UNet."
-                if class_labels is None
-                else "`class_labels` were given to an unconditional UNet (`num_class_embeds` is None)."
-            )
         if (low_res is None) != (self.config.low_res_channels == 0):
             raise ValueError(
                 "`low_res` images are needed by this super-resolution UNet."
@@ -684,6 +739,8 @@ class ADMUNet2DModel(ADMBackbone):
 
     def to_diffusers(self) -> UNet2DModel:
         """The equal `diffusers.UNet2DModel`, for people who want the weights without this package.
+
+        A null class becomes its last class, which has to be given by number there.
 
         Raises:
             ValueError: where `UNet2DModel` cannot express the architecture, with every reason.
@@ -898,6 +955,7 @@ def _diffusers_config(config) -> dict:
     return {
         **_DIFFUSERS_CONSTANTS,
         **{option: config[option] for option in _SHARED_OPTIONS},
+        "num_class_embeds": config.num_class_embeds and config.num_class_embeds + config.null_class,
         "block_out_channels": widths,
         "down_block_types": tuple(down[has] for has in attention),
         "up_block_types": tuple(up[has] for has in reversed(attention)),
@@ -952,6 +1010,8 @@ def _check_config(config) -> None:
         )
     if config.resample_type not in ("resnet", "conv", "pool"):
         raise ValueError(f'`resample_type` is {config.resample_type!r}; it must be "resnet", "conv" or "pool".')
+    if config.get("null_class") and config.num_class_embeds is None:
+        raise ValueError("`null_class` needs classes: give their number as `num_class_embeds`.")
     for width in config.block_out_channels:
         if width % config.norm_num_groups:
             raise ValueError(

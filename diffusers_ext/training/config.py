@@ -77,36 +77,44 @@ class TrainingConfig:
     beta_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
     """noise schedule, as DDPMScheduler names it; squaredcos_cap_v2 is the cosine schedule"""
 
-    sample_size: int = 8
+    model: str = "adm/digits"
+    """named size of a network, family/name, see `diffusers_ext.models.PRESETS`; the options below change it"""
+    sample_size: int | None = None
     """pixels; smaller images are enlarged by whole factors and padded with -1, larger ones resized and cropped"""
-    in_channels: int = 1
+    in_channels: int | None = None
     """1 greyscale, 3 colour"""
-    block_out_channels: tuple[int, ...] = (32, 64)
+    block_out_channels: tuple[int, ...] | None = None
     """width of each resolution, highest first"""
-    layers_per_block: int = 1
+    layers_per_block: int | None = None
     """resnets per resolution"""
-    attention_resolutions: tuple[int, ...] = (4,)
+    attention_resolutions: tuple[int, ...] | None = None
     """feature map sizes in pixels"""
-    attention_head_dim: int = 32
+    attention_head_dim: int | None = None
     """channels per head"""
-    norm_num_groups: int = 8
+    norm_num_groups: int | None = None
     """groups of every GroupNorm"""
-    resample_type: Literal["resnet", "conv", "pool"] = "resnet"
+    resample_type: str | None = None
     """how resolutions are connected"""
-    resnet_time_scale_shift: Literal["scale_shift", "default"] = "scale_shift"
+    resnet_time_scale_shift: str | None = None
     """how the timestep enters: scale and shift after the second norm, or added before it"""
-    dropout: float = 0.0
-    """inside every resnet"""
+    dropout: float | None = None
+    """inside every block"""
+    model_options: tuple[str, ...] = ()
+    """any other option of the network, as `name=value` with the value in JSON: `num_key_value_heads=2`"""
 
 
 @dataclass(frozen=True)
 class UNetTrainingConfig(TrainingConfig):
-    """Train an ADM UNet that predicts noise and, with learned variance, the variance of each step."""
+    """Train a backbone that predicts noise and, with learned variance, the variance of each step."""
 
+    preset: Literal["digits", "mnist", "film-mnist", "dit-gqa-mnist", "ddpm-mnist", "dilated-mnist"] = "digits"
+    """where the defaults of all other options come from"""
     learned_variance: bool = True
     """twice the output channels and the hybrid loss of improved-diffusion"""
     class_conditional: bool = False
     """the network sees the labels"""
+    class_dropout_prob: float = 0.0
+    """share of labels replaced by a null class, for classifier-free guidance; 0: the network has no null class"""
     validation_images: int = 64
     """images of each sample grid"""
     validation_inference_steps: int = 25
@@ -117,7 +125,9 @@ class UNetTrainingConfig(TrainingConfig):
 class ClassifierTrainingConfig(TrainingConfig):
     """Train a classifier of noisy images, for guidance."""
 
-    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"
+    model: str = "adm-classifier/digits"
+    """named size of a classifier, family/name; the options below change it"""
+    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] | None = None
     """from the last feature map to logits"""
     validation_split: str = "test"
     """split whose accuracy is measured at each quarter of the noise range"""
@@ -125,29 +135,36 @@ class ClassifierTrainingConfig(TrainingConfig):
     """images of each validation"""
 
 
-_MNIST = {
-    "preset": "mnist",
-    "dataset": "ylecun/mnist",
-    "sample_size": 32,
-    "attention_resolutions": (8,),
-    "mixed_precision": "bf16",
-    "checkpointing_steps": 250,
-}
+_MNIST = {"dataset": "ylecun/mnist", "mixed_precision": "bf16", "checkpointing_steps": 250}
+# A class-conditional network with a null class, whose variance is fixed.
+_LABELLED = {"learned_variance": False, "class_conditional": True, "class_dropout_prob": 0.1}
+
+
+def _unet(name: str, **options) -> UNetTrainingConfig:
+    return UNetTrainingConfig(preset=name, output_dir=f"runs/{name}", **options)
+
 
 UNET_PRESETS = {
     "digits": UNetTrainingConfig(output_dir="runs/digits-unet"),
     "mnist": UNetTrainingConfig(
-        **_MNIST, output_dir="runs/mnist-unet", block_out_channels=(16, 48, 96), max_train_steps=4500
+        preset="mnist", output_dir="runs/mnist-unet", model="adm/mnist-small", max_train_steps=4500, **_MNIST
+    ),
+    "film-mnist": _unet("film-mnist", model="composable/film-mnist", max_train_steps=6000, **_MNIST, **_LABELLED),
+    "dit-gqa-mnist": _unet("dit-gqa-mnist", model="dit/mnist", max_train_steps=12000, **_MNIST, **_LABELLED),
+    "ddpm-mnist": _unet("ddpm-mnist", model="ddpm/mnist-32", max_train_steps=6000, **_MNIST, **_LABELLED),
+    "dilated-mnist": _unet(
+        "dilated-mnist", model="dilated/mnist-small", max_train_steps=4000, learned_variance=False, **_MNIST
     ),
 }
 
 CLASSIFIER_PRESETS = {
     "digits": ClassifierTrainingConfig(output_dir="runs/digits-classifier", adam_weight_decay=0.05),
     "mnist": ClassifierTrainingConfig(
-        **_MNIST,
+        preset="mnist",
         output_dir="runs/mnist-classifier",
-        block_out_channels=(16, 48, 64),
+        model="adm-classifier/mnist-small",
         max_train_steps=2500,
         adam_weight_decay=0.05,
+        **_MNIST,
     ),
 }

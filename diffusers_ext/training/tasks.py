@@ -1,16 +1,19 @@
 """The tasks: each builds its network, opens its data, and turns a batch into a loss. The loop knows nothing else."""
 
+import inspect
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, ModelMixin
 
-from diffusers_ext.models.unet_adm import ADMClassifierModel, ADMUNet2DModel
+from diffusers_ext.models import PRESETS
 from diffusers_ext.training.config import ClassifierTrainingConfig, TrainingConfig, UNetTrainingConfig
 from diffusers_ext.training.data import ImageDataset, load_images
 from diffusers_ext.training.objectives import ForwardProcess, denoising_losses
@@ -31,6 +34,7 @@ class Task:
     def __init__(self, config: TrainingConfig, device: torch.device | str, variance_type: str = "fixed_small"):
         self.config = config
         self.device = device
+        self.model_class, self.model_options = network(config)
         self.scheduler = DDPMScheduler(
             config.num_train_timesteps,
             beta_schedule=config.beta_schedule,
@@ -64,44 +68,95 @@ class Task:
         return load_images(
             config.dataset,
             split,
-            sample_size=config.sample_size,
-            channels=config.in_channels,
+            sample_size=self._option("sample_size"),
+            channels=self._option("in_channels"),
             image_column=config.image_column,
             label_column=config.label_column,
             need_labels=need_labels,
         )
 
-    def _network_options(self) -> dict:
-        names = (
-            "sample_size in_channels block_out_channels layers_per_block attention_resolutions attention_head_dim "
-            "norm_num_groups resample_type resnet_time_scale_shift dropout"
+    def _option(self, name: str) -> Any:
+        """What the network is built with, its constructor's defaults included."""
+        return self.model_options.get(name, inspect.signature(self.model_class).parameters[name].default)
+
+
+# Options of a training that are options of its network, where they are given.
+NETWORK_OPTIONS = (
+    "sample_size",
+    "in_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "attention_resolutions",
+    "attention_head_dim",
+    "norm_num_groups",
+    "resample_type",
+    "resnet_time_scale_shift",
+    "dropout",
+    "pool",
+)
+
+
+def network(config: TrainingConfig) -> tuple[type[ModelMixin], dict[str, Any]]:
+    """Class of the network to train, and the options it is built with.
+
+    Raises:
+        ValueError: for an unknown `model`, and for options that its class does not have.
+    """
+    if config.model not in PRESETS:
+        raise ValueError(f"`model` ({config.model!r}) is unknown. Valid: {', '.join(PRESETS)}.")
+    model_class, options = PRESETS[config.model]
+    given = {name: getattr(config, name, None) for name in NETWORK_OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    for item in config.model_options:
+        name, separator, value = item.partition("=")
+        try:
+            given[name] = json.loads(value)
+        except json.JSONDecodeError:
+            given[name] = value  # a word needs no quotation marks
+        if not separator:
+            raise ValueError(f"`model_options` holds {item!r}; write name=value.")
+    valid = inspect.signature(model_class).parameters
+    unknown = [name for name in given if name not in valid]
+    if unknown:
+        raise ValueError(
+            f"`{unknown[0]}` is not an option of {model_class.__name__} (`model` {config.model!r}). "
+            f"Valid: {', '.join(valid)}."
         )
-        return {name: getattr(self.config, name) for name in names.split()}
+    return model_class, {**options, **given}
 
 
 class UNetTask(Task):
     """Predict the noise of an image, and with learned variance how certain each step is."""
 
-    name = "unet"
-
     def __init__(self, config: UNetTrainingConfig, device: torch.device | str = "cpu"):
         super().__init__(config, device, "learned_range" if config.learned_variance else "fixed_small")
+        if not 0 <= config.class_dropout_prob < 1 or (config.class_dropout_prob and not config.class_conditional):
+            raise ValueError(
+                f"`class_dropout_prob` ({config.class_dropout_prob}) must lie in [0, 1), and be 0 unless "
+                "`class_conditional` is set: it is the share of labels that the network does not see."
+            )
         self.data = self._load_images(config.dataset_split, need_labels=config.class_conditional)
+        self.name = "transformer" if "Transformer" in self.model_class.__name__ else "unet"
 
-    def build_model(self) -> ADMUNet2DModel:
+    def build_model(self) -> ModelMixin:
         config = self.config
-        return ADMUNet2DModel(
-            **self._network_options(),
-            out_channels=config.in_channels * (2 if config.learned_variance else 1),
-            num_class_embeds=self.data.num_classes if config.class_conditional else None,
-        )
+        learned = {
+            "out_channels": self._option("in_channels") * (2 if config.learned_variance else 1),
+            "num_class_embeds": self.data.num_classes if config.class_conditional else None,
+            "null_class": config.class_dropout_prob > 0,
+        }
+        return self.model_class(**self.model_options | learned)
 
     def losses(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
         x_start = to_unit_range(images)
         noise = torch.randn_like(x_start)
         timesteps = torch.randint(self.process.num_timesteps, (len(images),), device=images.device)
         x_t = self.process.add_noise(x_start, noise, timesteps)
-        labels = labels if self.config.class_conditional else None
+        if not self.config.class_conditional:
+            labels = None
+        elif self.config.class_dropout_prob:
+            dropped = torch.rand(len(labels), device=labels.device) < self.config.class_dropout_prob
+            labels = labels.masked_fill(dropped, self.data.num_classes)
         model_output = model(x_t, timesteps, labels).sample
         losses = denoising_losses(self.process, model_output, x_start, x_t, noise, timesteps)
         return {name: values.mean() for name, values in losses.items()}
@@ -110,9 +165,9 @@ class UNetTask(Task):
     def validate(self, model: nn.Module, step: int, output_dir: Path) -> dict[str, float]:
         """Draw images from fixed noise into `output_dir/samples/STEP.png`."""
         config = self.config
-        count, channels = config.validation_images, config.in_channels
+        count, channels, size = config.validation_images, self.data.channels, self.data.sample_size
         generator = torch.Generator().manual_seed(config.seed)
-        sample = torch.randn(count, channels, config.sample_size, config.sample_size, generator=generator)
+        sample = torch.randn(count, channels, size, size, generator=generator)
         sample = sample.to(self.device)
         labels = None
         if config.class_conditional:
@@ -138,8 +193,8 @@ class ClassifierTask(Task):
         self.data = self._load_images(config.dataset_split, need_labels=True)
         self.validation_data = self._load_images(config.validation_split, need_labels=True)
 
-    def build_model(self) -> ADMClassifierModel:
-        return ADMClassifierModel(**self._network_options(), num_classes=self.data.num_classes, pool=self.config.pool)
+    def build_model(self) -> ModelMixin:
+        return self.model_class(**self.model_options | {"num_classes": self.data.num_classes})
 
     def losses(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
         timesteps = torch.randint(self.process.num_timesteps, (len(images),), device=images.device)
