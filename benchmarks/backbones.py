@@ -13,7 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Literal
@@ -21,21 +21,16 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from guided_digits import LOCAL_MNIST, fit_judge
-from PIL import Image
-from sklearn.decomposition import PCA
-from sklearn.neighbors import KNeighborsClassifier
-from torch import nn
+from judge import MNIST, Judge
 from torch.utils.flop_counter import FlopCounterMode
-from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
 from diffusers import AutoModel, DDIMScheduler, DDPMScheduler, ModelMixin
 
 from diffusers_ext import ClassConditionalPipeline
 from diffusers_ext.training.config import UNetTrainingConfig
-from diffusers_ext.training.data import ImageDataset, load_images
-from diffusers_ext.training.loop import mixed_seed, train
+from diffusers_ext.training.data import ImageDataset
+from diffusers_ext.training.loop import train
 from diffusers_ext.training.tasks import UNetTask, image_grid, to_unit_range
 
 
@@ -45,16 +40,15 @@ BACKBONES = {
     "composable-film": ("composable/film-mnist", ()),
     "dit-gqa-adaln": ("dit/mnist", ()),
     "dit-gqa-additive": ("dit/mnist", ("conditioning=additive", "num_layers=11")),
-    "ddpm": ("ddpm/mnist-32", ()),
-    "adm": ("adm/mnist-32", ()),
+    "ddpm": ("ddpm/mnist-32", ("block_out_channels=[16,32,64,112]", "layers_per_block=1")),
+    "adm": ("adm/mnist-32", ("block_out_channels=[16,32,64,96]", "layers_per_block=1", "attention_head_dim=16")),
 }
-PCA_COMPONENTS = 64
 START, END = "<!-- {}:start -->", "<!-- {}:end -->"
 
 
 @dataclass(frozen=True)
 class Options:
-    dataset: str = str(LOCAL_MNIST) if LOCAL_MNIST.is_dir() else "ylecun/mnist"
+    dataset: str = MNIST
     """`digits`, a folder or a Hub name; with a column of labels"""
     in_channels: int = 1
     """1 greyscale, 3 colour"""
@@ -64,7 +58,7 @@ class Options:
         Literal["dilated", "composable-film", "dit-gqa-adaln", "dit-gqa-additive", "ddpm", "adm"], ...
     ] = tuple(BACKBONES)
     """rows of the table"""
-    forward_tflops: float = 10.0
+    forward_tflops: float = 12.0
     """compute of one backbone's forward passes in training, in 1e12 floating-point operations"""
     train_batch_size: int = 64
     """images per step"""
@@ -80,8 +74,6 @@ class Options:
     """of classifier-free guidance; 1 is none"""
     rounds: int = 5
     """measurements of speed, in turns, of which the median counts"""
-    neighbours: int = 3
-    """that the judge asks, weighted by distance"""
     seed: int = 0
     """of weights, data order, noise and samples"""
     output_dir: Path = Path("runs/backbones")
@@ -101,24 +93,20 @@ def main(options: Options) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
 
-    held_out = load_images(
-        options.dataset, "test", sample_size=options.sample_size, channels=options.in_channels, need_labels=True
-    )
-    judge, judge_accuracy = fit_judge(options, options.sample_size, options.in_channels)
-    features = PixelPCA(judge_images(judge), options.in_channels)
+    judge = Judge(options.dataset, options.sample_size, options.in_channels)
     rows = {}
     for name, pipe in pipes.items():
         path = Path(configs[name].output_dir) / "result.json"
         if not path.exists():
             pipe.to(device, dtype)
-            result = evaluate(pipe, held_out, judge, features, options, path.with_name("samples.png"))
+            result = evaluate(pipe, judge, options, path.with_name("samples.png"))
             path.write_text(json.dumps(result, indent=2) + "\n")
         rows[name] = json.loads(path.read_text())
     speeds = measure_speed(configs, pipes, device, dtype, options)
 
     lines = [
-        "| backbone | class | parameters | GFLOPs | images trained on | images/s, training | images/s, one network call "
-        "| test loss | right digits | FD-PCA64 |",
+        "| backbone | class | parameters | GFLOPs | images trained on | images/s, training | images/s, network call | "
+        "test loss | right digits | FD-PCA64 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
@@ -132,7 +120,7 @@ def main(options: Options) -> None:
     table = "\n".join(lines)
     print(table)
     if options.results is not None:
-        write_section(options.results, Path(options.dataset).name, description(options, judge_accuracy, device), table)
+        write_section(options.results, Path(options.dataset).name, description(options, judge, device), table)
 
 
 def training_config(name: str, options: Options) -> UNetTrainingConfig:
@@ -159,8 +147,8 @@ def training_config(name: str, options: Options) -> UNetTrainingConfig:
     )
     with torch.device("meta"):
         model = UNetTask(config).build_model()
-    steps = options.forward_tflops * 1e12 / (forward_flops(model) * options.train_batch_size)
-    return UNetTrainingConfig(**asdict(config) | {"max_train_steps": max(1, round(steps))})
+    steps = max(1, round(options.forward_tflops * 1e12 / (forward_flops(model) * options.train_batch_size)))
+    return replace(config, max_train_steps=steps, lr_warmup_steps=min(config.lr_warmup_steps, steps // 10))
 
 
 def forward_flops(model: ModelMixin) -> int:
@@ -186,36 +174,10 @@ def load(folder: Path) -> ClassConditionalPipeline:
     return pipe
 
 
-class PixelPCA(nn.Module):
-    """Principal components of images, the feature space of the Frechet distance."""
-
-    num_features = PCA_COMPONENTS
-
-    def __init__(self, images: np.ndarray, channels: int):
-        """`images`: rows of pixels in [0, 1], `(N, C * H * W)`."""
-        super().__init__()
-        self.pca = PCA(PCA_COMPONENTS, random_state=0).fit(images)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 `(B, C, H, W)` -> `(B, PCA_COMPONENTS)`."""
-        return torch.from_numpy(self.pca.transform(images.flatten(1).numpy().astype(np.float32) / 255))
-
-
-def judge_images(judge: KNeighborsClassifier) -> np.ndarray:
-    return judge._fit_X
-
-
-def evaluate(
-    pipe: ClassConditionalPipeline,
-    held_out: ImageDataset,
-    judge: KNeighborsClassifier,
-    features: nn.Module,
-    options: Options,
-    picture: Path,
-) -> dict[str, float]:
+def evaluate(pipe: ClassConditionalPipeline, judge: Judge, options: Options, picture: Path) -> dict[str, float]:
     """Loss on held-out images; accuracy and Frechet distance of samples, which are drawn into `picture` as well."""
-    classes, count = held_out.num_classes, options.num_samples
-    labels = np.arange(count) % classes
+    count = options.num_samples
+    labels = np.arange(count) % judge.held_out.num_classes
     samples = []
     for start in tqdm(range(0, count, 100), desc=f"{type(denoiser(pipe)).__name__} samples", unit_scale=100):
         batch = labels[start : start + 100]
@@ -232,16 +194,10 @@ def evaluate(
     pixels = (torch.cat(samples).float().cpu() * 255).round().to(torch.uint8)
     image_grid(to_unit_range(pixels[:100])).save(picture)
 
-    metric = FrechetInceptionDistance(feature=features)
-    for start in range(0, len(held_out), 1000):
-        images, _ = held_out.__getitems__(list(range(start, min(start + 1000, len(held_out)))))
-        metric.update(images, real=True)
-    metric.update(pixels, real=False)
-    read = judge.predict(pixels.flatten(1).numpy().astype(np.float32) / 255)
     return {
-        "test_loss": test_loss(pipe, held_out, options),
-        "accuracy": float((read == labels).mean()),
-        "frechet_distance": float(metric.compute()),
+        "test_loss": test_loss(pipe, judge.held_out, options),
+        "accuracy": judge.accuracy(pixels, labels),
+        "frechet_distance": judge.frechet_distance(pixels),
     }
 
 
@@ -302,7 +258,7 @@ def measure_speed(
     return {name: {k: statistics.median(v[1:]) for k, v in kinds.items()} for name, kinds in times.items()}
 
 
-def description(options: Options, judge_accuracy: float, device: str) -> str:
+def description(options: Options, judge: Judge, device: str) -> str:
     """What was done, where and when."""
     defaults = asdict(Options())
     changed = {k: v for k, v in asdict(options).items() if v != defaults[k] and k != "dataset"}
@@ -313,7 +269,8 @@ def description(options: Options, judge_accuracy: float, device: str) -> str:
         f"{torch.get_num_threads()} threads, torch {torch.__version__}.\n\n"
         f"Each backbone: {options.forward_tflops:g} TFLOPs of forward passes, batches of {options.train_batch_size}, "
         f"the same order of images. Samples: {options.num_samples}, DDIM, {options.num_inference_steps} steps, "
-        f"guidance scale {options.guidance_scale:g}. The judge reads {judge_accuracy:.1%} of the test images right."
+        f"guidance scale {options.guidance_scale:g}. The judge reads "
+        f"{judge.accuracy_on_held_out():.1%} of the test images right."
     )
 
 

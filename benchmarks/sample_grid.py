@@ -67,7 +67,8 @@ def main(
         pipe = DiffusionPipeline.from_pretrained(model).to(device)
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         name = Path(model).name
-        knows_classes = getattr(pipe, "classifier", None) is not None or pipe.is_class_conditional
+        network = pipe.components.get("transformer") or pipe.unet
+        knows_classes = pipe.components.get("classifier") is not None or network.config.num_class_embeds is not None
         for scale in (guidance_scales or (None,)) if knows_classes else (None,):
             captions.append(name if scale is None else f"{name}\nscale {scale:g}")
             pipe.set_progress_bar_config(desc=captions[-1].replace("\n", ", "))
