@@ -25,7 +25,7 @@ from judge import MNIST, Judge
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from diffusers import AutoModel, DDIMScheduler, DDPMScheduler, ModelMixin
+from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin
 
 from diffusers_ext import ClassConditionalPipeline
 from diffusers_ext.training.config import UNetTrainingConfig
@@ -86,8 +86,7 @@ def main(options: Options) -> None:
     """Train what is not trained yet, measure, print the table."""
     configs = {name: training_config(name, options) for name in options.backbones}
     for name, config in tqdm(configs.items(), desc="backbones", unit="backbone"):
-        folder = Path(config.output_dir)
-        if not any((folder / component).is_dir() for component in ("unet", "transformer")):
+        if not (Path(config.output_dir) / "model_index.json").exists():
             train(config)
     pipes = {name: load(Path(config.output_dir)) for name, config in configs.items()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,9 +166,8 @@ def denoiser(pipe: ClassConditionalPipeline) -> ModelMixin:
 
 
 def load(folder: Path) -> ClassConditionalPipeline:
-    name = "transformer" if (folder / "transformer").is_dir() else "unet"
-    scheduler = DDIMScheduler.from_config(DDPMScheduler.from_pretrained(folder / "scheduler").config)
-    pipe = ClassConditionalPipeline(**{name: AutoModel.from_pretrained(folder / name)}, scheduler=scheduler)
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

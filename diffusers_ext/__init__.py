@@ -1,4 +1,4 @@
-"""ADM backbones and classifier guidance as a plugin of Hugging Face diffusers.
+"""Research backbones and guided sampling as a plugin of Hugging Face diffusers.
 
 Importing this package is all that `DiffusionPipeline.from_pretrained` and `AutoModel.from_pretrained` need in order to
 load repositories whose `model_index.json` names `diffusers_ext`.
@@ -19,11 +19,12 @@ if not (Path(__file__).parent / "pipelines").is_dir():
 from diffusers_ext.models import (
     ADMClassifierModel,
     ADMUNet2DModel,
+    ComposableUNet2DModel,
     DDPMUNet2DModel,
     DilatedConvDenoiserModel,
     GQADiTTransformer2DModel,
 )
-from diffusers_ext.pipelines import ClassifierGuidedPipeline
+from diffusers_ext.pipelines import ClassConditionalPipeline, ClassifierGuidedPipeline
 from diffusers_ext.registration import register
 
 
@@ -31,7 +32,9 @@ from diffusers_ext.registration import register
 __all__ = [
     "ADMClassifierModel",
     "ADMUNet2DModel",
+    "ClassConditionalPipeline",
     "ClassifierGuidedPipeline",
+    "ComposableUNet2DModel",
     "DDPMUNet2DModel",
     "DilatedConvDenoiserModel",
     "GQADiTTransformer2DModel",

@@ -89,17 +89,20 @@ def is_a(scheduler: SchedulerMixin, *names: str) -> bool:
     return any(cls.__name__ in names for cls in type(scheduler).__mro__)
 
 
-def check_scheduler(scheduler: SchedulerMixin, sigma_data: float | None = None) -> None:
-    """Raises a ValueError with the reason and an alternative for a scheduler that cannot be guided.
+def check_scheduler(
+    scheduler: SchedulerMixin, sigma_data: float | None = None, task: str = "be guided by a classifier"
+) -> None:
+    """Raises a ValueError with the reason and an alternative for a scheduler that cannot sample from such a network.
 
     Args:
         scheduler: any scheduler of diffusers.
         sigma_data: of a network with the preconditioning of EDM, whose schedulers no other network fits; else None.
+        task: what the message says that it cannot do.
     """
     name = type(scheduler).__name__
     for refused, (reason, alternative) in REFUSED_SCHEDULERS.items():
         if is_a(scheduler, refused):
-            raise ValueError(f"`scheduler` {name} cannot be guided by a classifier: {reason}. Use {alternative}.")
+            raise ValueError(f"`scheduler` {name} cannot {task}: {reason}. Use {alternative}.")
     config = scheduler.config
     if hasattr(scheduler, "precondition_outputs") and sigma_data != config.sigma_data:
         raise ValueError(

@@ -14,14 +14,16 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers import AutoModel, DDPMScheduler
+from diffusers import AutoModel, DDPMScheduler, DiffusionPipeline
 
-from diffusers_ext import ADMClassifierModel, ADMUNet2DModel
+from diffusers_ext import ADMClassifierModel, ADMUNet2DModel, ClassConditionalPipeline
 from diffusers_ext.conversion import load_original
+from diffusers_ext.models import PRESETS
 from diffusers_ext.training.config import CLASSIFIER_PRESETS, UNET_PRESETS
 from diffusers_ext.training.data import BatchSampler, ImageDataset, fit_image, load_images
 from diffusers_ext.training.loop import checkpoints, train
 from diffusers_ext.training.objectives import ForwardProcess, denoising_losses, discretized_gaussian_log_likelihood
+from diffusers_ext.training.tasks import UNetTask
 
 
 TINY = {
@@ -239,6 +241,74 @@ def test_class_conditional_unet_of_cosine_schedule_with_fixed_variance(tmp_path)
     unet = AutoModel.from_pretrained(str(train(replace(config, output_dir=str(tmp_path), channels_last=True))))
     assert unet.config.num_class_embeds == 10 and unet.config.out_channels == 1
     assert DDPMScheduler.from_pretrained(tmp_path / "scheduler").config.beta_schedule == "squaredcos_cap_v2"
+
+
+@pytest.mark.parametrize(
+    "model, options",
+    [
+        ("adm/mnist-32", ("block_out_channels=[16,32]",)),
+        ("ddpm/mnist-32", ("block_out_channels=[16,32]", "attention_resolutions=[16]")),
+        ("dilated/mnist-small", ("hidden_channels=[16,16]",)),
+        ("composable/film-mnist", ("layers_per_block=1",)),
+        ("dit/mnist", ("num_layers=2",)),
+        ("dit/32px-additive", ("num_attention_heads=2", "attention_head_dim=16", "in_channels=1")),
+    ],
+)
+def test_every_backbone_becomes_a_pipeline_with_a_null_class(model, options, tmp_path):
+    config = replace(
+        UNET_PRESETS["digits"],
+        model=model,
+        model_options=options,
+        learned_variance=False,
+        class_conditional=True,
+        class_dropout_prob=0.5,
+        train_batch_size=4,
+        max_train_steps=2,
+        validation_images=2,
+        validation_inference_steps=2,
+        output_dir=str(tmp_path),
+    )
+    path = train(config)
+    assert path.name == ("transformer" if model.startswith("dit") else "unet")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipe) is ClassConditionalPipeline
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe([3, 7], num_inference_steps=1, guidance_scale=2.0, output_type="pt").images
+    assert images.shape == (2, 1, *[PRESETS[model][1]["sample_size"]] * 2)
+
+
+def test_dropped_labels_become_the_null_class():
+    config = replace(
+        TINY_UNET,
+        class_conditional=True,
+        class_dropout_prob=0.25,
+        model_options=("num_class_embeds=3", "norm_num_groups=4"),
+    )
+    task = UNetTask(config)
+    model = task.build_model()
+    assert model.config.num_class_embeds == 10 and model.config.null_class and model.config.norm_num_groups == 4
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    torch.manual_seed(0)
+    task.losses(model, torch.zeros(400, 1, 8, 8, dtype=torch.uint8), torch.full((400,), 4))
+    assert set(seen[0].tolist()) == {4, 10} and 0.2 < (seen[0] == 10).float().mean() < 0.3
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"model": "adm/film"}, r"`model` \('adm/film'\) is unknown. Valid: adm/digits"),
+        ({"model": "dit/mnist", "block_out_channels": (8,)}, "`block_out_channels` is not an option of GQADiT"),
+        ({"model_options": ("pool=attention",)}, "`pool` is not an option of ADMUNet2DModel"),
+        ({"model_options": ("dropout",)}, "`model_options` holds 'dropout'; write name=value"),
+        ({"class_dropout_prob": 0.1}, r"`class_dropout_prob` \(0.1\) must .* be 0 unless `class_conditional`"),
+        ({"class_dropout_prob": 1.0, "class_conditional": True}, r"`class_dropout_prob` \(1.0\) must lie in"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_options_of_the_network_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        UNetTask(replace(UNET_PRESETS["digits"], **options))
 
 
 def test_classifier_learns_to_see_through_noise(tmp_path):

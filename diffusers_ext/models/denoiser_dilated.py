@@ -18,6 +18,13 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 
+PRESETS = {
+    # 4,870,913 parameters
+    "mnist": {"sample_size": 28, "in_channels": 1, "out_channels": 1, "hidden_channels": (256,) * 8},
+    "mnist-small": {"sample_size": 28, "in_channels": 1, "hidden_channels": (64,) * 8, "time_embedding_dim": 64},
+}
+
+
 class DilatedConv(nn.Module):
     """`x + conv(x)` of the feature map to which the embedding of time and class was added."""
 
@@ -199,10 +206,3 @@ def _check_config(config) -> None:
         )
     if config.null_class and config.num_class_embeds is None:
         raise ValueError("`null_class` needs classes: give their number as `num_class_embeds`.")
-
-
-PRESETS = {
-    # 4,870,913 parameters
-    "mnist": {"sample_size": 28, "in_channels": 1, "out_channels": 1, "hidden_channels": (256,) * 8},
-    "mnist-small": {"sample_size": 28, "in_channels": 1, "hidden_channels": (64,) * 8, "time_embedding_dim": 64},
-}

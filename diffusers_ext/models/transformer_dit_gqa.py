@@ -74,6 +74,22 @@ PRESETS["mnist"] = {  # 2.1 M parameters
 }
 
 
+class PatchEmbed(nn.Conv2d):
+    """Linear layer of patches, and the first of two layers that compute in the dtype of their own weights.
+
+    diffusers' layerwise casting leaves the layers of these names in the dtype that they have, whatever the others do.
+    """
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, L, D)."""
+        return super().forward(sample.to(self.weight.dtype)).to(sample.dtype).flatten(2).transpose(1, 2)
+
+
+class OutputProjection(nn.Linear):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.to(self.weight.dtype)).to(hidden_states.dtype)
+
+
 class FP32RMSNorm(nn.RMSNorm):
     """Root mean square norm in float32, in the dtype of the input outside."""
 
@@ -174,7 +190,7 @@ class GQADiTBlock(nn.Module):
         self.attn = GQAAttention(
             config.num_attention_heads,
             config.attention_head_dim,
-            config.num_key_value_heads or config.num_attention_heads,
+            config.num_key_value_heads,
             bias=config.attention_bias,
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
@@ -196,9 +212,8 @@ class GQADiTBlock(nn.Module):
         if self.modulation is None:
             hidden_states = hidden_states + self.attn(self.norm1(hidden_states), image_rotary_emb)
             return hidden_states + self.ff(self.norm2(hidden_states))
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(temb)[:, None].chunk(
-            6, dim=-1
-        )  # (B, 1, D) each
+        modulation = self.modulation(temb)[:, None]  # (B or 1, 1, 6D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         attn_output = self.attn(_modulate(self.norm1(hidden_states), shift1, scale1), image_rotary_emb)
         hidden_states = torch.addcmul(hidden_states, gate1, attn_output)
         ff_output = self.ff(_modulate(self.norm2(hidden_states), shift2, scale2))
@@ -223,27 +238,27 @@ class GQADiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         num_attention_heads: query heads of each block.
         attention_head_dim: channels of a head; the hidden size is `num_attention_heads * attention_head_dim`.
         num_key_value_heads: key/value heads, a divisor of `num_attention_heads`: 1 is multi-query attention, all of
-            them (None) ordinary attention.
+            them, which None stands for, ordinary attention.
         mlp_ratio: inner width of the feed-forward networks, in hidden sizes; 2/3 of it with "swiglu", which then has
             as many weights.
         activation_fn: "gelu-approximate" (tanh, as in DiT), "gelu", or "swiglu" (Shazeer, 2020,
             https://arxiv.org/abs/2002.05202, Eq. 6).
         conditioning: how blocks read time and class. "ada_norm_zero": adaLN-Zero, see [`GQADiTBlock`]; "additive":
             their embedding is added to every token once, before the first block.
-        time_embedding_type: "sinusoidal" (sinusoids, then two layers) or "learned" (a table with one row per timestep
-            from 0 to `num_train_timesteps`, linear in between).
+        time_embedding_type: "sinusoidal" (sinusoids, then two layers) or "learned" (a table with a row for each of
+            the `num_train_timesteps`, linear in between and constant outside).
         class_embedding_type: "learned" (a table) or "sinusoidal" (of the label's number, then two layers).
         qk_norm: None, "rms_norm" or "layer_norm" of queries and keys, see [`GQAAttention`].
         position_embedding: "sincos" (fixed) or "learned": a table of the training grid that is added to the tokens,
             interpolated bicubically for other grids; "rotary": axial, half of the channels of queries and keys turn
-            with the row and half with the column (Heo et al., 2024, https://arxiv.org/abs/2403.13298, Sec. 3.2).
+            with the row and half with the column (Heo et al., 2024, https://arxiv.org/abs/2403.13298, Sec. 3).
         num_class_embeds: number of classes of a class-conditional model.
         null_class: one more label, `num_class_embeds`, that stands for no class (Ho and Salimans, 2022,
             https://arxiv.org/abs/2207.12598). Replacing labels by it in training is the trainer's task.
         attention_bias: whether the projections to queries, keys and values have a bias.
         norm_eps: epsilon of all norms.
         dropout: rate of dropout in both branches of a block during training.
-        num_train_timesteps: largest timestep of a learned time embedding.
+        num_train_timesteps: rows of the table of a learned time embedding.
 
     Raises:
         ValueError: for an option that does not exist, or numbers that do not divide each other.
@@ -280,11 +295,13 @@ class GQADiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         num_train_timesteps: int = 1000,
     ):
         super().__init__()
+        if num_key_value_heads is None:
+            self.register_to_config(num_key_value_heads=num_attention_heads)
         _check_config(self.config)
         width = num_attention_heads * attention_head_dim
         self.gradient_checkpointing = False
 
-        self.patch_embed = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+        self.patch_embed = PatchEmbed(in_channels, width, patch_size, stride=patch_size)
         self.pos_embed = None
         if position_embedding != "rotary":
             # Fixed positions are a frozen parameter, as in DiT's checkpoints, and not computed anew on loading.
@@ -295,7 +312,7 @@ class GQADiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         if time_embedding_type == "sinusoidal":
             self.time_embedding = TimestepEmbedding(SINUSOID_CHANNELS, width)
         else:
-            self.time_embedding = nn.Embedding(num_train_timesteps + 1, width)
+            self.time_embedding = nn.Embedding(num_train_timesteps, width)
         if num_class_embeds is not None and class_embedding_type == "sinusoidal":
             self.class_embedding = TimestepEmbedding(SINUSOID_CHANNELS, width)
         elif num_class_embeds is not None:
@@ -305,7 +322,7 @@ class GQADiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         modulated = conditioning == "ada_norm_zero"
         self.norm_out = FP32LayerNorm(width, norm_eps, elementwise_affine=not modulated)
         self.modulation_out = nn.Linear(width, 2 * width) if modulated else None
-        self.proj_out = nn.Linear(width, patch_size * patch_size * out_channels)
+        self.proj_out = OutputProjection(width, patch_size * patch_size * out_channels)
         self._initialise()
 
     def _initial_positions(self, width: int, grid: int) -> torch.Tensor:
@@ -317,7 +334,7 @@ class GQADiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Weights before training, as in DiT: see Peebles and Xie, Sec. 3.2 and App. A."""
+        """Weights before training, as in DiT: see Peebles and Xie, Sec. 3.2 and 4."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -358,12 +375,12 @@ class GQADiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
             `Transformer2DModelOutput` with `sample` `(B, out_channels, H, W)`.
 
         Raises:
-            ValueError: for a wrong shape, and for labels or timesteps that are missing or outside their range.
+            ValueError: for a wrong shape, and for labels that are missing, not understood, or out of range.
         """
         timestep, class_labels = self._check_inputs(sample, timestep, class_labels)
         height, width = (size // self.config.patch_size for size in sample.shape[2:])
         temb = self._embed_condition(timestep, class_labels, sample.dtype)  # (B or 1, D)
-        hidden_states = self.patch_embed(sample).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, L, D)
+        hidden_states = self.patch_embed(sample)  # (B, C, H, W) -> (B, L, D)
         image_rotary_emb = None
         if self.pos_embed is None:
             image_rotary_emb = self._rotary_embedding(height, width, sample.device)
@@ -393,10 +410,10 @@ class GQADiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         if self.config.time_embedding_type == "sinusoidal":
             temb = self.time_embedding(self.time_proj(timestep).to(dtype))
         else:
-            timestep = timestep.clamp(0, self.config.num_train_timesteps)
-            below = timestep.long().clamp(max=self.config.num_train_timesteps - 1)
-            fraction = (timestep - below).to(dtype)[:, None]
-            temb = torch.lerp(self.time_embedding(below), self.time_embedding(below + 1), fraction)
+            timestep = timestep.clamp(0, self.config.num_train_timesteps - 1)
+            fraction = timestep.frac().to(dtype)[:, None]
+            below, above = timestep.floor().long(), timestep.ceil().long()
+            temb = torch.lerp(self.time_embedding(below), self.time_embedding(above), fraction)
         if class_labels is None:
             return temb
         if self.config.class_embedding_type == "sinusoidal":
@@ -458,18 +475,13 @@ class GQADiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
                 raise ValueError(
                     f"`{name}` has {values.numel()} entries for {sample.shape[0]} images; give one, or one each."
                 )
-        if sample.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere, reading values would wait
-            if class_labels is not None:
-                _check_range("class_labels", class_labels, config.num_class_embeds + config.null_class - 1)
-            if config.time_embedding_type == "learned":
-                _check_range("timestep", timestep, config.num_train_timesteps)
+        # Elsewhere than on the CPU, reading values would wait for all that is computed before.
+        if class_labels is not None and class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            last = config.num_class_embeds + config.null_class - 1
+            for label in (class_labels.min().item(), class_labels.max().item()):
+                if not 0 <= label <= last:
+                    raise ValueError(f"`class_labels` has {label}, outside the range of labels from 0 to {last}.")
         return timestep, class_labels
-
-
-def _check_range(name: str, values: torch.Tensor, last: int) -> None:
-    for value in (values.min().item(), values.max().item()):
-        if not 0 <= value <= last:
-            raise ValueError(f"`{name}` has {value}, outside the embedding's range from 0 to {last}.")
 
 
 _OPTIONS = {
@@ -490,7 +502,7 @@ def _check_config(config) -> None:
     if config.sample_size % config.patch_size:
         raise ValueError(f"`patch_size` ({config.patch_size}) must divide `sample_size` ({config.sample_size}).")
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+    if kv_heads < 1 or heads % kv_heads:
         raise ValueError(
             f"`num_key_value_heads` ({kv_heads}) must divide `num_attention_heads` ({heads}): every key/value head "
             "serves the same number of query heads."

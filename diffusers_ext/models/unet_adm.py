@@ -37,7 +37,7 @@ _DIGITS = {
     "norm_num_groups": 8,
 }
 _MNIST = _DIGITS | {"sample_size": 32, "attention_resolutions": (8,)}
-_MNIST_GUIDED = _MNIST | {"block_out_channels": (32, 64, 128), "num_class_embeds": 10, "null_class": True}
+_MNIST_GUIDED = _MNIST | {"block_out_channels": (32, 64, 96), "num_class_embeds": 10, "null_class": True}
 PRESETS = {
     "digits": _DIGITS | {"out_channels": 2},
     "mnist-small": _MNIST | {"block_out_channels": (16, 48, 96), "out_channels": 2},

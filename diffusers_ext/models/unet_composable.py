@@ -42,10 +42,10 @@ PRESETS = {
     | {
         "in_channels": 1,
         "out_channels": 1,
-        "block_out_channels": (32, 64, 96),
+        "block_out_channels": (16, 32, 64, 112),
         "layers_per_block": 1,
         "attention_resolutions": (8,),
-        "attention_head_dim": 32,
+        "attention_head_dim": 16,
         "norm_num_groups": 8,
     },
     "additive": _FILM | {"time_conditioning": "add", "class_conditioning": "add"},
@@ -259,7 +259,7 @@ class AddConditioning(nn.Module):
 
 class FiLMConditioning(nn.Module):
     """`norm(h) * (1 + scale) + shift`, [scale, shift] = W e (Perez et al., 2018, https://arxiv.org/abs/1709.07871,
-    Eq. 2; 1 + scale as in their Sec. 7.2 on starting near the identity)."""
+    Eq. 2)."""
 
     def __init__(self, channels: int, temb_dim: int):
         super().__init__()
@@ -367,7 +367,7 @@ class ComposableResnetBlock(nn.Module):
 
 class PreActivationResnetBlock(ComposableResnetBlock):
     """`x + conv(silu(norm(conv(silu(norm(x))))))`: the sum of all blocks stays linear (He et al., 2016,
-    https://arxiv.org/abs/1603.05027, Eq. 5)."""
+    https://arxiv.org/abs/1603.05027, Fig. 1b)."""
 
     def __init__(self, config: FrozenDict, in_channels: int, out_channels: int, dilation: int):
         super().__init__(config, in_channels, out_channels, dilation)
@@ -432,7 +432,7 @@ class SinCosPositions(nn.Module):
 
 class LearnedFourierPositions(nn.Module):
     """`MLP([cos(2 pi W p), sin(2 pi W p)])` added to the tokens, with learned frequencies W of the position p (Li et
-    al., 2021, https://arxiv.org/abs/2106.02795, Eqs. 2 to 4; Tancik et al., 2020, https://arxiv.org/abs/2006.10739).
+    al., 2021, https://arxiv.org/abs/2106.02795, Sec. 3; Tancik et al., 2020, https://arxiv.org/abs/2006.10739).
 
     p is a pixel's centre, in [-1/2, 1/2] from border to border, whatever the size.
     """
@@ -467,18 +467,12 @@ class RelativePositions(nn.Module):
 
     def forward(self, tokens: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`tokens` (B, L, C), which stay; the bias is `(1, heads, L, L)`, of queries (third) and keys (last)."""
-        rows, columns = (torch.arange(n, device=tokens.device) for n in (height, width))
-        offsets = torch.stack(
-            torch.meshgrid(
-                torch.arange(1 - height, height, device=tokens.device),
-                torch.arange(1 - width, width, device=tokens.device),
-                indexing="ij",
-            ),
-            dim=-1,
-        ).float()  # (2H - 1, 2W - 1, 2)
+        offsets = (torch.arange(1 - n, n, device=tokens.device, dtype=torch.float32) for n in (height, width))
+        offsets = torch.stack(torch.meshgrid(*offsets, indexing="ij"), dim=-1)  # (2H - 1, 2W - 1, 2)
         offsets = (offsets.sign() * offsets.abs().log1p()).to(tokens.dtype)
         table = self.linear_2(F.relu(self.linear_1(offsets))).permute(2, 0, 1)  # (heads, 2H - 1, 2W - 1)
-        rows = rows[:, None] - rows + height - 1  # (H, H), of query and key
+        rows, columns = (torch.arange(n, device=tokens.device) for n in (height, width))
+        rows = rows[:, None] - rows + height - 1  # (H, H): where the offset of query and key stands in the table
         columns = columns[:, None] - columns + width - 1
         bias = table[:, rows[:, None, :, None], columns[None, :, None, :]]  # (heads, H, W, H, W)
         return tokens, bias.flatten(3).flatten(1, 2)[None]
@@ -718,11 +712,11 @@ class ComposableUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             "adain" [`AdaINConditioning`], "concat" [`ConcatConditioning`] or "cross_attention"
             [`TokenConditioning`]. All but the last act in every residual block.
         class_conditioning: the same for the class embedding. If both enter in the same way, they are summed first.
-        norm_type: what is brought to mean 0 and deviation 1. "group": groups of channels of an image (Wu and He, 2018);
-            "layer": all channels of an image (Ba et al., 2016, https://arxiv.org/abs/1607.06450), one group; "batch":
-            each channel of all images (Ioffe and Szegedy, 2015, https://arxiv.org/abs/1502.03167), which lets the
-            images of a batch meet in training; in evaluation running averages are used. With gradient checkpointing
-            these are updated twice per step.
+        norm_type: whose mean becomes 0 and deviation 1, `(h - mean(h)) / sqrt(var(h) + norm_eps)`. "group": a group of
+            channels of an image (Wu and He, 2018); "layer": all channels of an image (Ba et al., 2016,
+            https://arxiv.org/abs/1607.06450); "batch": a channel of all images (Ioffe and Szegedy, 2015,
+            https://arxiv.org/abs/1502.03167). Images of a batch meet in training with the last one, and gradient
+            checkpointing then updates the running averages, which evaluation uses, twice per step.
         norm_num_groups: groups of a group norm.
         norm_eps: epsilon of all norms.
         resnet_order: "pre" [`PreActivationResnetBlock`] or "post" [`PostActivationResnetBlock`].
@@ -784,9 +778,9 @@ class ComposableUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         self.class_embedding = None
         if num_class_embeds is not None:
             self.class_embedding = nn.Embedding(num_class_embeds + null_class, temb_dim)
-        self.context_tokens = nn.ModuleDict(
-            {source: TokenConditioning(temb_dim, context_dim) for source in _sources(config, "cross_attention")}
-        )
+        sources = _sources(config, "cross_attention")
+        self.time_tokens = TokenConditioning(temb_dim, context_dim) if "time" in sources else None
+        self.class_tokens = TokenConditioning(temb_dim, context_dim) if "class" in sources else None
         if cross_attention_dim is not None:
             self.null_context = nn.Parameter(torch.randn(1, 1, context_dim) / context_dim**0.5)
 
@@ -861,13 +855,15 @@ class ComposableUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         if self.class_embedding is not None:
             if class_labels is None:
                 class_labels = torch.full((1,), config.num_class_embeds, device=sample.device)
-            embeddings["class"] = self.class_embedding(class_labels).to(dtype)
-        conditions, context = {}, []
-        for word in _words(config):
-            if word == "cross_attention":
-                context = [tokens(F.silu(embeddings[source])) for source, tokens in self.context_tokens.items()]
-            else:
-                conditions[word] = F.silu(sum(embeddings[source] for source in _sources(config, word)))
+            labels = class_labels.to(sample.device).reshape(-1)
+            embeddings["class"] = self.class_embedding(labels).to(dtype)
+        conditions = {
+            word: F.silu(sum(embeddings[source] for source in _sources(config, word))) for word in _words(config)
+        }
+        context = []
+        for source, tokens in (("time", self.time_tokens), ("class", self.class_tokens)):
+            if tokens is not None:
+                context.append(tokens(F.silu(embeddings[source])))
         if config.cross_attention_dim is not None:
             context.append(self.null_context.to(dtype))
             if encoder_hidden_states is not None:

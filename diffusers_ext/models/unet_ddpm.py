@@ -20,6 +20,44 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 
+_DDIM_256 = {
+    "sample_size": 256,
+    "block_out_channels": (128, 128, 256, 256, 512, 512),
+    "layers_per_block": 2,
+    "attention_resolutions": (16,),
+}
+PRESETS = {
+    "cifar10": {
+        "sample_size": 32,
+        "block_out_channels": (128, 256, 256, 256),
+        "layers_per_block": 2,
+        "attention_resolutions": (16,),
+        "dropout": 0.1,
+    },
+    "celeba-64": {
+        "sample_size": 64,
+        "block_out_channels": (128, 256, 256, 256, 512),
+        "layers_per_block": 2,
+        "attention_resolutions": (16,),
+        "dropout": 0.1,
+    },
+    "lsun-256": _DDIM_256,
+    "celebahq-256": _DDIM_256,
+    # About 2 M parameters, class-conditional, for comparisons of architectures.
+    "mnist-32": {
+        "sample_size": 32,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (32, 64, 80),
+        "layers_per_block": 2,
+        "attention_resolutions": (8,),
+        "num_class_embeds": 10,
+        "null_class": True,
+        "norm_num_groups": 8,
+    },
+}
+
+
 def zero_module(module: nn.Module) -> nn.Module:
     """Zero the parameters of a residual branch's last layer, so that training starts from the identity."""
     for parameter in module.parameters():
@@ -514,41 +552,3 @@ def _check_config(config) -> None:
             )
     if config.null_class and config.num_class_embeds is None:
         raise ValueError("`null_class` needs classes: give their number as `num_class_embeds`.")
-
-
-_DDIM_256 = {
-    "sample_size": 256,
-    "block_out_channels": (128, 128, 256, 256, 512, 512),
-    "layers_per_block": 2,
-    "attention_resolutions": (16,),
-}
-PRESETS = {
-    "cifar10": {
-        "sample_size": 32,
-        "block_out_channels": (128, 256, 256, 256),
-        "layers_per_block": 2,
-        "attention_resolutions": (16,),
-        "dropout": 0.1,
-    },
-    "celeba-64": {
-        "sample_size": 64,
-        "block_out_channels": (128, 256, 256, 256, 512),
-        "layers_per_block": 2,
-        "attention_resolutions": (16,),
-        "dropout": 0.1,
-    },
-    "lsun-256": _DDIM_256,
-    "celebahq-256": _DDIM_256,
-    # About 2 M parameters, class-conditional, for comparisons of architectures.
-    "mnist-32": {
-        "sample_size": 32,
-        "in_channels": 1,
-        "out_channels": 1,
-        "block_out_channels": (32, 64, 80),
-        "layers_per_block": 2,
-        "attention_resolutions": (8,),
-        "num_class_embeds": 10,
-        "null_class": True,
-        "norm_num_groups": 8,
-    },
-}

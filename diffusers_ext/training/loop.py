@@ -35,7 +35,9 @@ def train(config: TrainingConfig) -> Path:
     """Train a component and save it with `save_pretrained`.
 
     The run folder receives `checkpoint-STEP/`, `metrics.jsonl` and `samples/`, and at the end the component's folder
-    (`unet/` or `classifier/`, EMA weights) and `scheduler/`. SIGTERM and SIGINT end the run with a checkpoint.
+    (`unet/`, `transformer/` or `classifier/`, EMA weights) and `scheduler/`. With a denoising network in it, the run
+    folder is then a pipeline that `DiffusionPipeline.from_pretrained` loads. SIGTERM and SIGINT end the run with a
+    checkpoint.
 
     Args:
         config: options; its class decides what is trained.
@@ -153,8 +155,7 @@ def train(config: TrainingConfig) -> Path:
     component = output_dir / task.name
     if accelerator.is_main_process:
         with ema_weights(ema, model):
-            accelerator.unwrap_model(model, keep_fp32_wrapper=False).save_pretrained(component)
-        task.scheduler.save_pretrained(output_dir / "scheduler")
+            task.save(accelerator.unwrap_model(model, keep_fp32_wrapper=False), output_dir)
         print(f"Saved {component}")
     return component
 

@@ -14,6 +14,7 @@ from torch import nn
 from diffusers import DDIMScheduler, DDPMScheduler, ModelMixin
 
 from diffusers_ext.models import PRESETS
+from diffusers_ext.pipelines import ClassConditionalPipeline
 from diffusers_ext.training.config import ClassifierTrainingConfig, TrainingConfig, UNetTrainingConfig
 from diffusers_ext.training.data import ImageDataset, load_images
 from diffusers_ext.training.objectives import ForwardProcess, denoising_losses
@@ -62,6 +63,11 @@ class Task:
         May seed the global generator: the loop seeds it before every batch.
         """
         raise NotImplementedError
+
+    def save(self, model: nn.Module, output_dir: Path) -> None:
+        """Write the trained network and its scheduler into their folders."""
+        model.save_pretrained(output_dir / self.name)
+        self.scheduler.save_pretrained(output_dir / "scheduler")
 
     def _load_images(self, split: str, need_labels: bool) -> ImageDataset:
         config = self.config
@@ -146,6 +152,9 @@ class UNetTask(Task):
             "null_class": config.class_dropout_prob > 0,
         }
         return self.model_class(**self.model_options | learned)
+
+    def save(self, model: nn.Module, output_dir: Path) -> None:
+        ClassConditionalPipeline(**{self.name: model}, scheduler=self.scheduler).save_pretrained(output_dir)
 
     def losses(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
         x_start = to_unit_range(images)

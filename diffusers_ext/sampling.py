@@ -1,0 +1,316 @@
+"""What the sampling loops of the pipelines have in common: class names, checks, timesteps, one way to call `step`.
+
+Shapes: B batch, C channels, H and W pixels. This file imports torch, diffusers and `diffusers_ext.guidance` only, so
+that it can travel inside an exported pipeline.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
+
+import torch
+from torch import nn
+
+import diffusers
+from diffusers import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from diffusers_ext.guidance import is_a
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+ANCESTRAL_SCHEDULERS = ("DDPMScheduler", "DDPMParallelScheduler")
+
+ClassLabels = int | str | Sequence["ClassLabels"] | torch.Tensor
+Generators = torch.Generator | list[torch.Generator] | None
+Step = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class _Models:
+    """The models of diffusers, to which `import diffusers_ext` adds ours; NoneType in place of one that is absent."""
+
+    def __getattr__(self, name: str) -> type:
+        return getattr(diffusers, name, type(None))
+
+
+# Pipelines annotate their components with these strings, which are evaluated late, where `models` is imported: their
+# files load without our models, and `from_pipe` and the check of types know those that are there.
+models = _Models()
+DENOISER = (
+    "models.UNet2DModel | models.ADMUNet2DModel | models.ComposableUNet2DModel | models.DDPMUNet2DModel"
+    " | models.DilatedConvDenoiserModel | models.DiTTransformer2DModel | models.GQADiTTransformer2DModel"
+)
+OPTIONAL_DENOISER = f"{DENOISER} | None"
+
+
+class ClassNames:
+    """Class ids of names.
+
+    Args:
+        id2label: names of the classes; several names of one class are separated by commas.
+    """
+
+    def __init__(self, id2label: dict[int, str] | None):
+        self._ids: dict[str, list[int]] = {}
+        for class_id, label in (id2label or {}).items():
+            for name in {label, *(part.strip() for part in label.split(","))}:
+                self._ids.setdefault(name, []).append(class_id)
+
+    @property
+    def unique(self) -> dict[str, int]:
+        """Class id of every name that means one class only, in alphabetical order."""
+        return {name: ids[0] for name, ids in sorted(self._ids.items()) if len(ids) == 1}
+
+    def ids(self, class_labels: ClassLabels) -> list[int]:
+        """Class ids of ids and names, in order; lists and tensors are flattened.
+
+        Raises:
+            ValueError: for an unknown or ambiguous name, for what is neither id nor name, and when there is none.
+        """
+        class_ids = [self._id(label) for label in _flatten(class_labels)]
+        if not class_ids:
+            raise ValueError("`class_labels` is empty; give one label per image, or None for samples of any class.")
+        return class_ids
+
+    def _id(self, label: int | str) -> int:
+        if isinstance(label, Integral) and not isinstance(label, bool):
+            return int(label)
+        if not isinstance(label, str):
+            raise ValueError(f"`class_labels` holds {label!r}; a label is a class id (int) or a name (str).")
+        ids = self._ids.get(label, [])
+        if len(ids) == 1:
+            return ids[0]
+        if ids:
+            raise ValueError(f"`class_labels` holds {label!r}, which names the classes {ids}; give the id of one.")
+        if not self._ids:
+            raise ValueError(
+                f"`class_labels` holds {label!r}, but this pipeline has no names of classes; give ids, or construct "
+                "it with `id2label`."
+            )
+        names = sorted(self._ids)
+        known = ", ".join(map(repr, names)) if len(names) <= 20 else f"{len(names)} names, see `pipe.labels`"
+        raise ValueError(f"`class_labels` holds {label!r}, which is not a name of a class. Known: {known}.")
+
+
+def _flatten(labels: ClassLabels) -> Iterator[int | str]:
+    if hasattr(labels, "tolist"):  # tensors and arrays
+        labels = labels.tolist()
+    if isinstance(labels, list | tuple | range):
+        for label in labels:
+            yield from _flatten(label)
+    else:
+        yield labels
+
+
+def num_classes(model: nn.Module) -> int | None:
+    """Number of classes that a denoising network knows, without the null class; None for an unconditional one."""
+    return model.config.get("num_class_embeds", model.config.get("num_embeds_ada_norm"))
+
+
+def null_label(model: nn.Module) -> int | None:
+    """Label that stands for no class: the row behind those of the classes, where the network has it; else None."""
+    if model.config.get("null_class"):
+        return model.config.num_class_embeds
+    return model.config.get("num_embeds_ada_norm")  # DiTTransformer2DModel always has one
+
+
+def image_channels(model: nn.Module) -> int:
+    """C of what a denoising network draws; a low-resolution image beside it does not count."""
+    return model.config.in_channels - model.config.get("low_res_channels", 0)
+
+
+def output_channels(model: nn.Module) -> int:
+    """Channels that a denoising network predicts: C, or 2C with a learned variance."""
+    return model.config.get("out_channels") or model.config.in_channels
+
+
+def height_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    """Both sizes, of which a config gives one where they are equal."""
+    return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+
+
+def takes_variance(scheduler: SchedulerMixin) -> bool:
+    """Whether `step` wants the learned variance behind the prediction; other schedulers know none."""
+    return scheduler.config.get("variance_type") in ("learned", "learned_range") and (
+        is_a(scheduler, *ANCESTRAL_SCHEDULERS, "UnCLIPScheduler")
+    )
+
+
+def check_channels(name: str, model: nn.Module, scheduler: SchedulerMixin) -> None:
+    """Raises a ValueError where the network's output is neither C nor 2C channels, or not what the scheduler takes.
+
+    Args:
+        name: of the component that `model` is.
+    """
+    channels, outputs = image_channels(model), output_channels(model)
+    if takes_variance(scheduler) and outputs != 2 * channels:
+        raise ValueError(
+            f"`scheduler` {type(scheduler).__name__} has `variance_type` {scheduler.config.variance_type!r}, but "
+            f"`{name}` has {outputs} output channels and would need {2 * channels} for a learned variance. "
+            "Configure the scheduler with `variance_type='fixed_small'`."
+        )
+    if outputs not in (channels, 2 * channels):
+        raise ValueError(
+            f"`{name}` has {outputs} output channels; for {channels} image channels it must have {channels}, or "
+            f"{2 * channels} with a learned variance."
+        )
+
+
+def check_arguments(
+    scheduler: SchedulerMixin,
+    *,
+    guidance_scale: float,
+    guidance_interval: tuple[float, float],
+    num_inference_steps: int,
+    generator: Generators,
+    sample: torch.Tensor | None,
+    batch_size: int,
+    channels: int,
+    class_ids: list[int] | None,
+    eta: float,
+    output_type: str,
+    callback_on_step_end_tensor_inputs: Sequence[str],
+    callback_tensor_inputs: Sequence[str],
+) -> None:
+    """Raises a ValueError for arguments of a call that no pipeline can work with."""
+    if not isinstance(num_inference_steps, Integral) or num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` is {num_inference_steps!r}; it must be an integer of at least 1.")
+    if eta != 0 and "eta" not in inspect.signature(scheduler.step).parameters:
+        raise ValueError(
+            f"`eta` is {eta}, which `scheduler` {type(scheduler).__name__} does not have. Leave it 0, or use "
+            "DDIMScheduler."
+        )
+    interval = tuple(guidance_interval)
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(
+            f"`guidance_interval` is {guidance_interval}; it must be a pair with 0 <= start <= stop <= 1, the "
+            "part of the steps, counted from the noise, that is guided."
+        )
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"`guidance_scale` is {guidance_scale}; it must be finite.")
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"`output_type` is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}.")
+    unknown = [name for name in callback_on_step_end_tensor_inputs if name not in callback_tensor_inputs]
+    if unknown:
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}; possible are {callback_tensor_inputs}.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(
+            f"`generator` is a list of {len(generator)} for {batch_size} images; give one for all, or one each."
+        )
+    if sample is not None and (sample.ndim != 4 or sample.shape[:2] != (batch_size, channels)):
+        raise ValueError(
+            f"`sample` has shape {tuple(sample.shape)}; it must be ({batch_size}, {channels}, height, width)."
+        )
+    if class_ids is not None and len(class_ids) not in (1, batch_size):
+        raise ValueError(
+            f"`class_labels` has {len(class_ids)} labels for {batch_size} images; give one for all, or one each."
+        )
+
+
+def check_class_ids(class_ids: list[int], limit: int) -> None:
+    """Raises a ValueError unless all ids lie in `[0, limit)`."""
+    unknown = [class_id for class_id in class_ids if not 0 <= class_id < limit]
+    if unknown:
+        raise ValueError(f"`class_labels` holds {unknown}; ids of classes go from 0 to {limit - 1}.")
+
+
+def prepare_timesteps(
+    scheduler: SchedulerMixin, num_inference_steps: int, batch_size: int, device: torch.device
+) -> tuple[torch.Tensor, list[float]]:
+    """Timesteps of all network calls: one row each as scheduler and network want them, and as numbers."""
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    timesteps = scheduler.timesteps
+    values = timesteps.tolist()
+    if is_a(scheduler, "DDPMWuerstchenScheduler"):  # it lists the end too, and takes a timestep per image
+        return timesteps[:-1, None].expand(-1, batch_size), values[:-1]
+    return timesteps, values
+
+
+def prepare_sample(
+    sample: torch.Tensor | None,
+    shape: tuple[int, ...],
+    scheduler: SchedulerMixin,
+    generator: Generators,
+    device: torch.device,
+) -> torch.Tensor:
+    """Noise `(B, C, H, W)` as strong as the scheduler starts with, float32; drawn where `sample` is None."""
+    if sample is None:
+        sample = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    return sample.to(device, torch.float32) * float(getattr(scheduler, "init_noise_sigma", 1.0))
+
+
+def guided_calls(scheduler: SchedulerMixin, interval: tuple[float, float], num_calls: int) -> range:
+    """Network calls inside `interval`; the calls of one step of a second-order scheduler are not parted."""
+    order = getattr(scheduler, "order", 1)
+    num_steps = math.ceil(num_calls / order)
+    start, stop = (order * round(end * num_steps) for end in interval)
+    return range(start, stop)
+
+
+def predict(
+    model: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, class_ids: torch.Tensor | None, **inputs
+) -> torch.Tensor:
+    """Output of a denoising network, float32 as `sample` is whatever the network computes in.
+
+    Args:
+        model: any denoising network of ours, `UNet2DModel` or `DiTTransformer2DModel`.
+        sample: scaled for the network, `(B, C, H, W)`.
+        timestep: one for all images, 0-d or a row of equal ones.
+        class_ids: `(B,)`, or None for an unconditional network.
+        inputs: further inputs of this network.
+    """
+    if class_ids is not None:
+        inputs["class_labels"] = class_ids
+    timestep = timestep.reshape(-1)[:1].expand(len(sample))  # `DiTTransformer2DModel` wants one per image
+    return model(sample.to(model.dtype), timestep, **inputs, return_dict=False)[0].to(sample.dtype)
+
+
+def with_exact_variance(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler, or for a learned variance a copy with its schedule in float64, as the original code has it.
+
+    In float32, 1 - abar of the first timesteps keeps three digits, and so does the lower bound of the variance, which
+    networks leave by some powers. Other steps forgive that.
+    """
+    if scheduler.config.get("variance_type") != "learned_range" or not is_a(scheduler, *ANCESTRAL_SCHEDULERS):
+        return scheduler
+    scheduler = copy.copy(scheduler)
+    scheduler.alphas_cumprod = torch.cumprod(1 - scheduler.betas.double(), dim=0)
+    return scheduler
+
+
+def step_rule(scheduler: SchedulerMixin, timestep_values: list[float], generator: Generators, eta: float) -> Step:
+    """How to call this scheduler's `step`: a function of index, timestep, image and prediction to the next image.
+
+    DDIM takes eps anew from the clipped image, as the original code does; without clipping that changes nothing.
+    """
+    known = inspect.signature(scheduler.step).parameters
+    options = {"generator": generator, "eta": eta, "use_clipped_model_output": True, "return_dict": False}
+    options = {name: value for name, value in options.items() if name in known}
+
+    if "old_pred_original_sample" in known:  # CogVideoXDPMScheduler
+        old_x0 = None
+
+        def step(i: int, t: torch.Tensor, sample: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+            nonlocal old_x0
+            back = timestep_values[i - 1] if i > 0 else None
+            sample, old_x0 = scheduler.step(prediction, old_x0, t, back, sample, **options)
+            return sample
+
+    elif "prev_timestep" in known:  # UnCLIPScheduler
+        following = [*timestep_values[1:], None]
+
+        def step(i: int, t: torch.Tensor, sample: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+            return scheduler.step(prediction, t, sample, prev_timestep=following[i], **options)[0]
+
+    else:
+
+        def step(i: int, t: torch.Tensor, sample: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+            return scheduler.step(prediction, t, sample, **options)[0]
+
+    return step

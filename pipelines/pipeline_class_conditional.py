@@ -1,0 +1,468 @@
+"""Images of a wanted class, or of any, from one diffusion model: UNet or transformer, in pixels or in latents.
+
+Classifier-free guidance: Ho and Salimans (2022), https://arxiv.org/abs/2207.12598. Autoguidance: Karras et al. (2024),
+https://arxiv.org/abs/2406.02507. Both move the prediction for the class away from a worse one,
+
+    guided = worse + s (prediction - worse)
+
+which every parameterisation of a denoising network allows, since all are linear in the expected clean image.
+
+Shapes: B batch, C channels of image or latent, H and W its pixels.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers.guiders import AutoGuidance, BaseGuidance
+from diffusers.image_processor import VaeImageProcessor
+
+from diffusers_ext.guidance import check_scheduler
+from diffusers_ext.sampling import (
+    OPTIONAL_DENOISER,
+    ClassLabels,
+    ClassNames,
+    check_arguments,
+    check_channels,
+    check_class_ids,
+    guided_calls,
+    height_width,
+    image_channels,
+    models,  # noqa: F401  the annotations are evaluated here
+    null_label,
+    num_classes,
+    output_channels,
+    predict,
+    prepare_sample,
+    prepare_timesteps,
+    step_rule,
+    takes_variance,
+    with_exact_variance,
+)
+
+
+DEFAULT_GUIDANCE_SCALE = 4.0  # that of `DiTPipeline`
+DEFAULT_AUTOGUIDANCE_SCALE = 2.0  # about what Karras et al. (2024) found best
+KNOWN_PREDICTIONS = ("pred_cond", "pred_uncond", "pred_cond_skip", "pred_cond_seg")
+
+Prediction = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Samples images of a class, or of any, with classifier-free guidance, autoguidance or a guider of diffusers.
+
+    Args:
+        unet: denoising network: any of this package, or `UNet2DModel`. Twice the image channels at the output are a
+            prediction and a learned variance.
+        scheduler: every scheduler of diffusers that samples from such a network, see the table in the README.
+        transformer: denoising network in place of `unet`: `GQADiTTransformer2DModel` or `DiTTransformer2DModel`.
+        vae: decoder of the latents that the network draws. None: it draws images.
+        guide_model: a worse version of the network, smaller or trained for less long, whose prediction for the same
+            class takes the place of the one for no class (autoguidance). A network without classes will do too.
+        guider: a guider of diffusers (`ClassifierFreeGuidance`, `AdaptiveProjectedGuidance`, ...) that combines both
+            predictions in place of a plain weighted sum, with a scale and an interval of its own.
+        id2label: names of the classes; several names of one class are separated by commas.
+        null_class_label: label that stands for no class, where the network's config does not say so: `UNet2DModel` has
+            no word for it, but can be trained with one more class.
+
+    Raises:
+        ValueError: unless exactly one of `unet` and `transformer` is given, and a scheduler.
+    """
+
+    model_cpu_offload_seq = "unet->transformer->vae"  # `guide_model` runs in every step too, and takes no turns
+    _optional_components = ["unet", "scheduler", "transformer", "vae", "guide_model", "guider"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        unet: OPTIONAL_DENOISER = None,
+        scheduler: SchedulerMixin | None = None,
+        transformer: OPTIONAL_DENOISER = None,
+        vae: AutoencoderKL | None = None,
+        guide_model: OPTIONAL_DENOISER = None,
+        guider: BaseGuidance | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
+        null_class_label: int | None = None,
+    ):
+        super().__init__()
+        if (unet is None) == (transformer is None):
+            raise ValueError(
+                "`unet` and `transformer` are both "
+                + ("missing; give the one that denoises." if unet is None else "given; give the one that denoises.")
+            )
+        if scheduler is None:
+            raise ValueError("`scheduler` is missing; give the one to sample with, such as `DDPMScheduler()`.")
+        self.register_modules(
+            unet=unet, scheduler=scheduler, transformer=transformer, vae=vae, guide_model=guide_model, guider=guider
+        )
+        if id2label is not None:
+            id2label = {int(class_id): label for class_id, label in id2label.items()}  # JSON made strings of the ids
+        self.register_to_config(id2label=id2label, null_class_label=null_class_label)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self._names = ClassNames(id2label)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class id of every name that means one class only, in alphabetical order."""
+        return self._names.unique
+
+    @property
+    def guidance_scale(self) -> float:
+        """Guidance scale of the running call; a callback may change `_guidance_scale`, which every step reads."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Network calls of the last run, those for both predictions counted once."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """A callback that sets `_interrupt` makes this step the last."""
+        return self._interrupt
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of an image per pixel of what the network draws, along each side."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def get_label_ids(self, class_labels: ClassLabels) -> list[int]:
+        """Class ids of ids and names, in order; lists and tensors are flattened.
+
+        Raises:
+            ValueError: for an unknown or ambiguous name, for what is neither id nor name, and when there is none.
+        """
+        return self._names.ids(class_labels)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: ClassLabels | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guided_channels: int | None = None,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        sample: torch.Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int | None = None,
+        eta: float = 0.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Draws one image per label.
+
+        Args:
+            class_labels: class id, name out of `id2label`, or a list or tensor of them, nested or not. A single one is
+                for all images of the batch. None: images of any class, from a network that has a null class or none.
+            guidance_scale: s of the formula above: 1 is the prediction for the class as it is, 0 the worse one, more
+                than 1 trades diversity for certainty. None: 2 with `guide_model`; else 4 where labels are given and
+                the network has a null class; else 1. With a `guider` the scale is the guider's.
+            guidance_interval: part of the steps that is guided, as fractions of their number from the noise (0) to the
+                image (1); elsewhere the network runs for the class alone (Kynkäänniemi et al., 2024,
+                https://arxiv.org/abs/2404.07724).
+            guided_channels: guides the first of the C channels only, the others stay as they are predicted for the
+                class: 3 is what DiT's published code does to its four latent channels. None: all.
+            num_inference_steps: steps of the scheduler. Second-order ones call the network twice per step.
+            generator: source of all noise; with a list of one per image, no image depends on the rest of its batch.
+            sample: standard normal noise `(B, C, H, W)` to start from. None: drawn with `generator`.
+            height, width: size of the images in pixels. None: `sample_size` of the network, which with a `vae` counts
+                pixels of the latent.
+            batch_size: number of images. None: as many as there are labels, or other arguments per image, or 1.
+            eta: noise of `DDIMScheduler` and its like: 0 none, 1 as much as an ancestral sampler adds.
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or "latent": (B, C, H, W) as
+                the scheduler left it, not decoded.
+            return_dict: False returns a tuple.
+            callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after every step; returns the
+                dict `tensors`, changed or not.
+            callback_on_step_end_tensor_inputs: what `tensors` holds. "latents", the name that callbacks of diffusers
+                use, is the noisy image or latent after the step, float32.
+
+        Returns:
+            `ImagePipelineOutput` with `images`.
+
+        Raises:
+            ValueError: for arguments that do not fit each other or the components, before any network is run.
+        """
+        # 1. Check
+        class_ids = None if class_labels is None else self.get_label_ids(class_labels)
+        if batch_size is None:
+            per_image = [x for x in (class_ids, sample, generator) if isinstance(x, list | torch.Tensor)]
+            batch_size = max(map(len, per_image), default=1)
+        self._guidance_scale = self._default_guidance_scale(class_ids) if guidance_scale is None else guidance_scale
+        self._interrupt = False
+        self.check_inputs(class_ids, guidance_scale, guided_channels, sample, height, width)
+        check_arguments(
+            self.scheduler,
+            guidance_scale=self._guidance_scale,
+            guidance_interval=guidance_interval,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            sample=sample,
+            batch_size=batch_size,
+            channels=image_channels(self._denoiser),
+            class_ids=class_ids,
+            eta=eta,
+            output_type=output_type,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_tensor_inputs=self._callback_tensor_inputs,
+        )
+
+        # 2. Prepare labels, timesteps and noise
+        device = self._execution_device
+        if class_ids is not None:
+            class_ids = torch.tensor(class_ids, device=device).expand(batch_size)
+        timesteps, timestep_values = prepare_timesteps(self.scheduler, num_inference_steps, batch_size, device)
+        self._num_timesteps = len(timesteps)
+        shape = (batch_size, image_channels(self._denoiser), *self._size(height, width))
+        sample = prepare_sample(sample, shape, self.scheduler, generator, device)
+
+        # 3. Choose what the steps have in common
+        channels = sample.shape[1]
+        scheduler = with_exact_variance(self.scheduler)
+        num_outputs = 2 * channels if takes_variance(scheduler) else channels
+        guided_steps = guided_calls(scheduler, guidance_interval, len(timesteps))
+        guide = self.prepare_guidance(
+            class_ids, batch_size, timestep_values, guided_steps, guided_channels or channels
+        )
+        step = step_rule(scheduler, timestep_values, generator, eta)
+        scale_model_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
+
+        # 4. Denoise, in float32 outside the networks
+        for i, t in enumerate(self.progress_bar(timesteps)):
+            if self._interrupt:
+                break
+            prediction = guide(i, t, scale_model_input(sample, t))[:, :num_outputs]
+            sample = step(i, t, sample, prediction)
+
+            if callback_on_step_end is not None:
+                tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, sample)
+                sample = callback_on_step_end(self, i, t, tensors).pop("latents", sample)
+
+        # 5. Decode and post-process
+        images = sample if output_type == "latent" else self.decode(sample)
+        images = self.image_processor.postprocess(images, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def _denoiser(self) -> torch.nn.Module:
+        return self.transformer if self.unet is None else self.unet
+
+    @property
+    def _denoiser_name(self) -> str:
+        return "transformer" if self.unet is None else "unet"
+
+    def _null_label(self, model: torch.nn.Module) -> int | None:
+        label = null_label(model)
+        return self.config.null_class_label if label is None else label
+
+    def _default_guidance_scale(self, class_ids: list[int] | None) -> float:
+        if self.guider is not None:
+            return getattr(self.guider, "guidance_scale", 1.0)
+        if self.guide_model is not None:
+            return DEFAULT_AUTOGUIDANCE_SCALE
+        return 1.0 if class_ids is None or self._null_label(self._denoiser) is None else DEFAULT_GUIDANCE_SCALE
+
+    def check_inputs(
+        self,
+        class_ids: list[int] | None,
+        guidance_scale: float | None,
+        guided_channels: int | None,
+        sample: torch.Tensor | None,
+        height: int | None,
+        width: int | None,
+    ) -> None:
+        """Raises a ValueError for what `__call__` cannot work with; `check_arguments` looks at the rest."""
+        name, model, guide_model = self._denoiser_name, self._denoiser, self.guide_model
+        channels = image_channels(model)
+
+        check_scheduler(self.scheduler, model.config.get("sigma_data"), task="sample from a denoising network")
+        check_channels(name, model, self.scheduler)
+        if model.config.get("low_res_channels"):
+            raise ValueError(f"`{name}` enlarges images, for which `ClassifierGuidedPipeline` takes `low_res`.")
+        if self.vae is not None and self.vae.config.latent_channels != channels:
+            raise ValueError(
+                f"`vae` decodes {self.vae.config.latent_channels} channels, but `{name}` draws {channels}; the "
+                "network must be trained on latents of this `vae`."
+            )
+        if guide_model is not None and (image_channels(guide_model), output_channels(guide_model) >= channels) != (
+            channels,
+            True,
+        ):
+            raise ValueError(
+                f"`guide_model` draws {image_channels(guide_model)} channels, but `{name}` draws {channels}; the two "
+                "must be trained on the same images."
+            )
+        if guided_channels is not None and not 1 <= guided_channels <= channels:
+            raise ValueError(
+                f"`guided_channels` is {guided_channels}; `{name}` draws {channels} channels, of which it guides the "
+                f"first 1 to {channels}."
+            )
+        self._check_size(sample, height, width)
+        for model in (model, guide_model):
+            self._check_labels(model, class_ids)
+        if self.guider is not None:
+            if guidance_scale is not None:
+                raise ValueError(
+                    f"`guidance_scale` is {guidance_scale}, but `guider` {type(self.guider).__name__} has a scale of "
+                    "its own. Change that one, or set `pipe.guider = None`."
+                )
+        elif self._guidance_scale > 1 or (self._guidance_scale != 1 and class_ids is not None):
+            self._check_null(f"`guidance_scale` {self._guidance_scale}")
+
+    def _check_size(self, sample: torch.Tensor | None, height: int | None, width: int | None) -> None:
+        if (height is None) != (width is None):
+            raise ValueError(f"`height` is {height} and `width` is {width}; give both, or neither.")
+        if height is None:
+            if sample is None and self._denoiser.config.get("sample_size") is None:
+                raise ValueError(
+                    f"`{self._denoiser_name}` was made for no size (`sample_size` is None); give `height` and `width`."
+                )
+            return
+        factor = self.vae_scale_factor
+        if height < 1 or width < 1 or height % factor or width % factor:
+            raise ValueError(
+                f"`height` and `width` are {height} and {width}; they must be positive multiples of {factor}, the "
+                "pixels of an image per pixel of what the network draws."
+            )
+        if sample is not None and sample.shape[2:] != (height // factor, width // factor):
+            raise ValueError(
+                f"`sample` has {sample.shape[2]}x{sample.shape[3]} pixels, but `height` and `width` ask for "
+                f"{height // factor}x{width // factor}; give one or the other."
+            )
+
+    def _check_labels(self, model: torch.nn.Module | None, class_ids: list[int] | None) -> None:
+        if model is None:
+            return
+        name = "guide_model" if model is self.guide_model else self._denoiser_name
+        classes = num_classes(model)
+        if classes is None:
+            if class_ids is not None and model is self._denoiser:
+                raise ValueError(
+                    f"`class_labels` were given, but `{name}` knows no classes (`num_class_embeds` is None). Leave "
+                    "them None, or guide it by a classifier: `ClassifierGuidedPipeline`."
+                )
+        elif class_ids is not None:
+            check_class_ids(class_ids, classes)
+        elif self._null_label(model) is None:
+            raise ValueError(
+                f"`class_labels` is None, but `{name}` is class-conditional, without a null class, and has to be told "
+                f"what to draw. Give ids from 0 to {classes - 1}."
+            )
+
+    def _check_null(self, asker: str) -> None:
+        if self.guide_model is None and self._null_label(self._denoiser) is None:
+            raise ValueError(
+                f"`{self._denoiser_name}` has no null class, whose prediction {asker} needs. Train it with "
+                "`null_class=True`, say which label stands for no class (`null_class_label` of the pipeline), give a "
+                "weaker `guide_model`, or use `guidance_scale=1` without a `guider`."
+            )
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        if height is None:
+            return height_width(self._denoiser.config.sample_size)
+        return height // self.vae_scale_factor, width // self.vae_scale_factor
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images of latents `(B, C, H, W)`, about [-1, 1]; without a `vae` they are images already."""
+        if self.vae is None:
+            return latents
+        config = self.vae.config
+        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].to(torch.float32)
+
+    def prepare_guidance(
+        self,
+        class_ids: torch.Tensor | None,
+        batch_size: int,
+        timestep_values: list[float],
+        guided_steps: range,
+        guided_channels: int,
+    ) -> Prediction:
+        """Chooses, once per run, which predictions are made and how they are combined.
+
+        Returns:
+            A function of the index of the network call, its timestep and the network's input. It returns the network's
+            output for the class, of which the first `guided_channels` are guided.
+        """
+        model, guide_model = self._denoiser, self.guide_model
+        guider = copy.deepcopy(self.guider)  # runs leave their state in it
+        weakens = guider is not None and type(guider).prepare_models is not BaseGuidance.prepare_models
+
+        def with_labels(network: torch.nn.Module, ids: torch.Tensor | None) -> tuple[torch.nn.Module, ...]:
+            if num_classes(network) is None:
+                return network, None
+            if ids is None and self._null_label(network) is not None:
+                ids = torch.full((batch_size,), self._null_label(network), device=self._execution_device)
+            return network, ids
+
+        conditional = with_labels(model, class_ids)
+        if guide_model is not None:
+            worse = with_labels(guide_model, class_ids)
+        else:
+            worse = with_labels(model, class_ids if isinstance(guider, AutoGuidance) else None)
+
+        def unguided(i: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+            return predict(conditional[0], sample, timestep, conditional[1])
+
+        def both(timestep: torch.Tensor, sample: torch.Tensor) -> Sequence[torch.Tensor]:
+            if guide_model is not None:
+                return [predict(network, sample, timestep, ids) for network, ids in (conditional, worse)]
+            ids = torch.cat([conditional[1], worse[1]])
+            return predict(model, torch.cat([sample, sample]), timestep, ids).chunk(2)
+
+        def weighted(i: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+            if i not in guided_steps or self._guidance_scale == 1:
+                return unguided(i, timestep, sample)
+            self._check_null(f"`guidance_scale` {self._guidance_scale}")  # a callback may have changed it
+            output, worse_output = both(timestep, sample)
+            prediction, worse_prediction = output[:, :guided_channels], worse_output[:, :guided_channels]
+            guided = worse_prediction + self._guidance_scale * (prediction - worse_prediction)
+            return torch.cat([guided, output[:, guided_channels:]], dim=1)
+
+        def expected(i: int) -> list[Any]:
+            guider.set_state(step=i, num_inference_steps=len(timestep_values), timestep=timestep_values[i])
+            return guider.prepare_inputs({})
+
+        def name_of(prediction: Any) -> str:
+            return getattr(prediction, guider._identifier_key)
+
+        def by_guider(i: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+            if i not in guided_steps:
+                return unguided(i, timestep, sample)
+            predictions = expected(i)
+            if len(predictions) == 2 and not weakens:
+                outputs = both(timestep, sample)
+            else:
+                outputs = []
+                for prediction in predictions:
+                    network, ids = worse if name_of(prediction) == "pred_uncond" else conditional
+                    guider.prepare_models(network)
+                    try:
+                        outputs.append(predict(network, sample, timestep, ids))
+                    finally:
+                        guider.cleanup_models(network)
+            for prediction, output in zip(predictions, outputs, strict=True):
+                prediction.noise_pred = output[:, :guided_channels]
+            return torch.cat([guider(predictions).pred, outputs[0][:, guided_channels:]], dim=1)
+
+        if guider is not None:
+            # Asked from the first step on, since that is when some begin their state.
+            names = {name_of(p) for i in range(len(timestep_values)) for p in expected(i) if i in guided_steps}
+            if names - set(KNOWN_PREDICTIONS):
+                raise ValueError(
+                    f"`guider` {type(guider).__name__} asks for {', '.join(sorted(names - set(KNOWN_PREDICTIONS)))}, "
+                    "which only the model has that it was made for. Use `ClassifierFreeGuidance`, for example."
+                )
+            if "pred_uncond" in names and not isinstance(guider, AutoGuidance):
+                self._check_null(f"`guider` {type(guider).__name__}")
+        if class_ids is None and guide_model is None and not weakens:
+            return unguided
+        return weighted if guider is None else by_guider
