@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import tyro
 from judge import MNIST, Judge
+from sections import write_section
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -43,7 +44,6 @@ BACKBONES = {
     "ddpm": ("ddpm/mnist-32", ("block_out_channels=[16,32,64,112]", "layers_per_block=1")),
     "adm": ("adm/mnist-32", ("block_out_channels=[16,32,64,96]", "layers_per_block=1", "attention_head_dim=16")),
 }
-START, END = "<!-- {}:start -->", "<!-- {}:end -->"
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,9 @@ def main(options: Options) -> None:
     table = "\n".join(lines)
     print(table)
     if options.results is not None:
-        write_section(options.results, Path(options.dataset).name, description(options, judge, device), table)
+        name = Path(options.dataset).name
+        text = f"## {name}\n\n{description(options, judge, device)}\n\n{table}"
+        write_section(options.results, name, text, title="Results")
 
 
 def training_config(name: str, options: Options) -> UNetTrainingConfig:
@@ -276,17 +278,6 @@ def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
     return names[0].strip() if names else platform.processor() or platform.machine()
-
-
-def write_section(path: Path, name: str, text: str, table: str) -> None:
-    """Replace the section of `name` in a Markdown file, or add it at the end."""
-    start, end = START.format(name), END.format(name)
-    section = f"{start}\n## {name}\n\n{text}\n\n{table}\n{end}\n"
-    before, found, rest = (path.read_text() if path.exists() else "# Results\n\n").partition(start)
-    after = rest.partition(end + "\n")[2] if found else ""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(before + section + after)
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

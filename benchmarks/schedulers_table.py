@@ -12,7 +12,6 @@ benchmarks.schedulers_table:sample`.
 import importlib.util
 import itertools
 import json
-import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 import tyro
+from sections import write_section
 
 from diffusers import SchedulerMixin
 
@@ -34,7 +34,6 @@ NETWORKS = {
     "edm": "EDM's preconditioning",
     "own": "what the scheduler's own model predicts, in its own time",
 }
-MARKERS = ("<!-- schedulers:start -->", "<!-- schedulers:end -->")
 
 
 def sample(
@@ -122,11 +121,7 @@ def main(
     table = markdown(rows)
     print(table)
     if update is not None:
-        pattern = re.compile(f"({re.escape(MARKERS[0])}\n).*?({re.escape(MARKERS[1])})", re.DOTALL)
-        text = update.read_text(encoding="utf-8")
-        if not pattern.search(text):
-            sys.exit(f"{update} lacks the markers {' and '.join(MARKERS)}.")
-        update.write_text(pattern.sub(lambda match: f"{match[1]}{table}\n{match[2]}", text), encoding="utf-8")
+        write_section(update, "schedulers", table)
 
 
 if __name__ == "__main__":

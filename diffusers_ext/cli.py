@@ -21,7 +21,7 @@ class Convert:
     """Write original checkpoints as a pipeline folder of diffusers."""
 
     source: tyro.conf.Positional[Path]
-    """checkpoint of the UNet"""
+    """checkpoint of the UNet, transformer or denoiser"""
     preset: str
     """released checkpoint that it is, such as 256x256_diffusion_uncond, or a .json file of its flags"""
     output: Path
@@ -30,6 +30,8 @@ class Convert:
     """checkpoint of the classifier that guides"""
     classifier_preset: str | None = None
     """as --preset, for the classifier, such as 256x256_classifier"""
+    vae: str | None = None
+    """folder or Hub name of the AutoencoderKL whose latents the model draws, as DiT's; it is saved along"""
     labels: Path | None = None
     """names of the classes: text, one per line, or .json"""
     overwrite: bool = False

@@ -10,9 +10,9 @@ which every parameterisation of a denoising network allows, since all are linear
 Shapes: B batch, C channels of image or latent, H and W its pixels.
 """
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -46,7 +46,9 @@ from diffusers_ext.sampling import (
 
 DEFAULT_GUIDANCE_SCALE = 4.0  # that of `DiTPipeline`
 DEFAULT_AUTOGUIDANCE_SCALE = 2.0  # about what Karras et al. (2024) found best
-KNOWN_PREDICTIONS = ("pred_cond", "pred_uncond", "pred_cond_skip", "pred_cond_seg")
+# Names that guiders give to predictions; what follows the first two comes from a weakened network, for the class.
+BOTH = ["pred_cond", "pred_uncond"]
+KNOWN_PREDICTIONS = (*BOTH, "pred_cond_skip", "pred_cond_seg")
 
 Prediction = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -260,6 +262,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return "transformer" if self.unet is None else "unet"
 
     def _null_label(self, model: torch.nn.Module) -> int | None:
+        if num_classes(model) is None:
+            return None
         label = null_label(model)
         return self.config.null_class_label if label is None else label
 
@@ -306,8 +310,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"first 1 to {channels}."
             )
         self._check_size(sample, height, width)
-        for model in (model, guide_model):
-            self._check_labels(model, class_ids)
+        self._check_labels(name, model, class_ids)
+        if guide_model is not None:
+            self._check_labels("guide_model", guide_model, class_ids)
         if self.guider is not None:
             if guidance_scale is not None:
                 raise ValueError(
@@ -338,20 +343,22 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"{height // factor}x{width // factor}; give one or the other."
             )
 
-    def _check_labels(self, model: torch.nn.Module | None, class_ids: list[int] | None) -> None:
-        if model is None:
-            return
-        name = "guide_model" if model is self.guide_model else self._denoiser_name
-        classes = num_classes(model)
+    def _check_labels(self, name: str, model: torch.nn.Module, class_ids: list[int] | None) -> None:
+        classes, null = num_classes(model), self._null_label(model)
         if classes is None:
             if class_ids is not None and model is self._denoiser:
                 raise ValueError(
                     f"`class_labels` were given, but `{name}` knows no classes (`num_class_embeds` is None). Leave "
                     "them None, or guide it by a classifier: `ClassifierGuidedPipeline`."
                 )
-        elif class_ids is not None:
+            return
+        if null_label(model) is None and null is not None and not 0 <= null < classes:
+            raise ValueError(
+                f"`null_class_label` of the pipeline is {null}; labels of `{name}` go from 0 to {classes - 1}."
+            )
+        if class_ids is not None:
             check_class_ids(class_ids, classes)
-        elif self._null_label(model) is None:
+        elif null is None:
             raise ValueError(
                 f"`class_labels` is None, but `{name}` is class-conditional, without a null class, and has to be told "
                 f"what to draw. Give ids from 0 to {classes - 1}."
@@ -392,77 +399,107 @@ class ClassConditionalPipeline(DiffusionPipeline):
             A function of the index of the network call, its timestep and the network's input. It returns the network's
             output for the class, of which the first `guided_channels` are guided.
         """
-        model, guide_model = self._denoiser, self.guide_model
-        guider = copy.deepcopy(self.guider)  # runs leave their state in it
+        guide_model = self.guide_model
+        guider = copy.deepcopy(self.guider)  # a run leaves its state there
         weakens = guider is not None and type(guider).prepare_models is not BaseGuidance.prepare_models
-
-        def with_labels(network: torch.nn.Module, ids: torch.Tensor | None) -> tuple[torch.nn.Module, ...]:
-            if num_classes(network) is None:
-                return network, None
-            if ids is None and self._null_label(network) is not None:
-                ids = torch.full((batch_size,), self._null_label(network), device=self._execution_device)
-            return network, ids
-
-        conditional = with_labels(model, class_ids)
+        conditional = self._with_labels(self._denoiser, class_ids, batch_size)
         if guide_model is not None:
-            worse = with_labels(guide_model, class_ids)
+            worse = self._with_labels(guide_model, class_ids, batch_size)
+        elif isinstance(guider, AutoGuidance):  # the network itself, weakened, for the same class
+            worse = conditional
         else:
-            worse = with_labels(model, class_ids if isinstance(guider, AutoGuidance) else None)
+            worse = self._with_labels(self._denoiser, None, batch_size)
 
-        def unguided(i: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-            return predict(conditional[0], sample, timestep, conditional[1])
+        def run(names: list[str], timestep: torch.Tensor, sample: torch.Tensor) -> Sequence[torch.Tensor]:
+            if names == BOTH and guide_model is None and not weakens:
+                (model, ids), (_, null_ids) = conditional, worse
+                return predict(model, torch.cat([sample, sample]), timestep, torch.cat([ids, null_ids])).chunk(2)
+            outputs = []
+            for name in names:
+                model, ids = worse if name == "pred_uncond" else conditional
+                with _prepared(model, guider):
+                    outputs.append(predict(model, sample, timestep, ids))
+            return outputs
 
-        def both(timestep: torch.Tensor, sample: torch.Tensor) -> Sequence[torch.Tensor]:
-            if guide_model is not None:
-                return [predict(network, sample, timestep, ids) for network, ids in (conditional, worse)]
-            ids = torch.cat([conditional[1], worse[1]])
-            return predict(model, torch.cat([sample, sample]), timestep, ids).chunk(2)
+        if guider is None:
 
-        def weighted(i: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-            if i not in guided_steps or self._guidance_scale == 1:
-                return unguided(i, timestep, sample)
-            self._check_null(f"`guidance_scale` {self._guidance_scale}")  # a callback may have changed it
-            output, worse_output = both(timestep, sample)
-            prediction, worse_prediction = output[:, :guided_channels], worse_output[:, :guided_channels]
-            guided = worse_prediction + self._guidance_scale * (prediction - worse_prediction)
-            return torch.cat([guided, output[:, guided_channels:]], dim=1)
+            def begin(i: int) -> list[str]:
+                if self._guidance_scale == 1:
+                    return BOTH[:1]
+                self._check_null(f"`guidance_scale` {self._guidance_scale}")  # which a callback may have changed
+                return BOTH
 
-        def expected(i: int) -> list[Any]:
-            guider.set_state(step=i, num_inference_steps=len(timestep_values), timestep=timestep_values[i])
-            return guider.prepare_inputs({})
+            def combine(prediction: torch.Tensor, worse_prediction: torch.Tensor | None = None) -> torch.Tensor:
+                if worse_prediction is None:
+                    return prediction
+                return worse_prediction + self._guidance_scale * (prediction - worse_prediction)
 
-        def name_of(prediction: Any) -> str:
-            return getattr(prediction, guider._identifier_key)
+        else:
+            batches = []
 
-        def by_guider(i: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-            if i not in guided_steps:
-                return unguided(i, timestep, sample)
-            predictions = expected(i)
-            if len(predictions) == 2 and not weakens:
-                outputs = both(timestep, sample)
-            else:
-                outputs = []
-                for prediction in predictions:
-                    network, ids = worse if name_of(prediction) == "pred_uncond" else conditional
-                    guider.prepare_models(network)
-                    try:
-                        outputs.append(predict(network, sample, timestep, ids))
-                    finally:
-                        guider.cleanup_models(network)
-            for prediction, output in zip(predictions, outputs, strict=True):
-                prediction.noise_pred = output[:, :guided_channels]
-            return torch.cat([guider(predictions).pred, outputs[0][:, guided_channels:]], dim=1)
+            def begin(i: int) -> list[str]:
+                guider.set_state(step=i, num_inference_steps=len(timestep_values), timestep=timestep_values[i])
+                batches[:] = guider.prepare_inputs({})
+                return [getattr(batch, guider._identifier_key) for batch in batches]
 
-        if guider is not None:
-            # Asked from the first step on, since that is when some begin their state.
-            names = {name_of(p) for i in range(len(timestep_values)) for p in expected(i) if i in guided_steps}
-            if names - set(KNOWN_PREDICTIONS):
+            def combine(*predictions: torch.Tensor) -> torch.Tensor:
+                for batch, prediction in zip(batches, predictions, strict=True):
+                    batch.noise_pred = prediction
+                return guider(batches).pred
+
+            # All steps are asked, since some guiders begin their state in the first, guided or not.
+            for i in range(len(timestep_values)):
+                names = begin(i)
+                if i in guided_steps:
+                    self._check_guider(guider, names)
+        has_worse = class_ids is not None or guide_model is not None or weakens
+
+        def guide(i: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+            if not has_worse or i not in guided_steps:
+                model, ids = conditional
+                return predict(model, sample, timestep, ids)
+            outputs = run(begin(i), timestep, sample)
+            guided = combine(*(output[:, :guided_channels] for output in outputs))
+            return torch.cat([guided, outputs[0][:, guided_channels:]], dim=1)
+
+        return guide
+
+    def _with_labels(
+        self, model: torch.nn.Module, class_ids: torch.Tensor | None, batch_size: int
+    ) -> tuple[torch.nn.Module, torch.Tensor | None]:
+        """A network and what to tell it: the classes, its null class where there are none, or nothing."""
+        null = self._null_label(model)
+        if class_ids is None and null is not None:
+            class_ids = torch.full((batch_size,), null, device=self._execution_device)
+        return model, class_ids if num_classes(model) is not None else None
+
+    def _check_guider(self, guider: BaseGuidance, names: list[str]) -> None:
+        """Raises a ValueError unless all predictions can be made that the guider asks for."""
+        unknown = [name for name in names if name not in KNOWN_PREDICTIONS]
+        if unknown:
+            raise ValueError(
+                f"`guider` {type(guider).__name__} asks for {', '.join(unknown)}, which only the model has that it "
+                "was made for. Use `ClassifierFreeGuidance`, for example."
+            )
+        if "pred_uncond" in names and not isinstance(guider, AutoGuidance):
+            self._check_null(f"`guider` {type(guider).__name__}")
+        for _ in names:
+            try:
+                with _prepared(self._denoiser, guider):
+                    pass
+            except ValueError as error:
                 raise ValueError(
-                    f"`guider` {type(guider).__name__} asks for {', '.join(sorted(names - set(KNOWN_PREDICTIONS)))}, "
-                    "which only the model has that it was made for. Use `ClassifierFreeGuidance`, for example."
-                )
-            if "pred_uncond" in names and not isinstance(guider, AutoGuidance):
-                self._check_null(f"`guider` {type(guider).__name__}")
-        if class_ids is None and guide_model is None and not weakens:
-            return unguided
-        return weighted if guider is None else by_guider
+                    f"`guider` {type(guider).__name__} finds nothing to weaken in `{self._denoiser_name}`: {error}"
+                ) from error
+
+
+@contextlib.contextmanager
+def _prepared(model: torch.nn.Module, guider: BaseGuidance | None) -> Iterator[None]:
+    """The network as the guider wants it for the next prediction: some skip layers of it meanwhile."""
+    if guider is not None:
+        guider.prepare_models(model)
+    try:
+        yield
+    finally:
+        if guider is not None:
+            guider.cleanup_models(model)

@@ -8,11 +8,11 @@ import functools
 import importlib
 
 import pytest
+import schedulers_table
 import torch
 
 import diffusers
 
-from benchmarks import schedulers_table
 from diffusers_ext.guidance import FLOW_SCHEDULERS, REFUSED_SCHEDULERS, UNKNOWN_PREDICTIONS
 
 

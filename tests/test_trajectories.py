@@ -1,4 +1,4 @@
-"""Trajectories of the original sampler, replayed by the pipeline with diffusers' own schedulers.
+"""Trajectories of the original samplers, replayed by the pipelines with diffusers' own schedulers.
 
 Recorded are the start, the noise of every step and the result of every step (of some, for 1000 steps), so a step that
 differs is named. `gd_traj_ddim_reverse10` is left out: it inverts DDIM, evaluating the network at the end of each step
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from diffusers_ext.conversion import load_original
-from diffusers_ext.pipelines import ClassifierGuidedPipeline
+from diffusers_ext.pipelines import ClassConditionalPipeline, ClassifierGuidedPipeline
 
 
 TRAJECTORIES = {
@@ -38,6 +38,13 @@ TRAJECTORIES = {
     "gd_traj_ddim10_linear": {},
     "gd_traj_ddim10_linear_guided1": {},
     "gd_traj_ddim10_linear_guided4": {},
+}
+
+
+# Rows of the batch that count: the original runs a second half for the null class, whose noise it throws away.
+DIT_TRAJECTORIES = {
+    "dit_traj_p": DDPMScheduler(timestep_spacing="linspace", variance_type="learned_range", clip_sample=False),
+    "dit_traj_ddim": DDIMScheduler(timestep_spacing="leading", clip_sample=False),
 }
 
 
@@ -64,8 +71,43 @@ def test_every_step_is_that_of_the_original(shared, name):
         options = {"timestep_spacing": "linspace", "variance_type": "learned_range"} | TRAJECTORIES[name]
         scheduler = DDPMScheduler(**options)
     pipe = ClassifierGuidedPipeline(unet=unet, scheduler=scheduler, classifier=classifier)
-    pipe.set_progress_bar_config(disable=True)
+    check_steps(
+        pipe,
+        recorded,
+        info["timestep_map"],
+        info["stored_steps"],
+        class_labels=recorded.get("y"),
+        guidance_scale=info["classifier_scale"] or 0.0,
+        guidance_mode="score" if "ddim" in name else "mean",
+        low_res=recorded.get("low_res"),
+        eta=info["eta"] or 0.0,
+    )
 
+
+@pytest.mark.parametrize("name", DIT_TRAJECTORIES)
+def test_every_step_is_that_of_dit(shared, name):
+    fixtures = shared / "fixtures"
+    info = json.loads((fixtures / f"{name}.json").read_text())
+    recorded = load_file(fixtures / f"{name}.io.safetensors")
+    count = len(recorded["y"]) // 2
+    labels = recorded.pop("y")[:count]
+    recorded = {key: value[..., :count, :, :, :] for key, value in recorded.items()}
+    transformer = load_model(fixtures, info["model"], "dit")
+    pipe = ClassConditionalPipeline(transformer=transformer, scheduler=DIT_TRAJECTORIES[name])
+    check_steps(
+        pipe,
+        recorded,
+        info["timestep_map"],
+        range(len(recorded["samples"])),
+        class_labels=labels,
+        guidance_scale=info["cfg_scale"],
+        guided_channels=3,
+    )
+
+
+def check_steps(pipe, recorded, timestep_map, stored_steps, **arguments):
+    """Replays a recorded run, and compares the result of every recorded step."""
+    pipe.set_progress_bar_config(disable=True)
     steps = {}
 
     def record(pipe, i, t, tensors):
@@ -73,21 +115,17 @@ def test_every_step_is_that_of_the_original(shared, name):
         return tensors
 
     noise = iter(recorded.get("noise", torch.empty(0)).float())
-    with mock.patch(f"{type(scheduler).__module__}.randn_tensor", lambda *args, **kwargs: next(noise)):
+    with mock.patch(f"{type(pipe.scheduler).__module__}.randn_tensor", lambda *args, **kwargs: next(noise)):
         images = pipe(
-            class_labels=recorded.get("y"),
-            guidance_scale=info["classifier_scale"] or 0.0,
-            guidance_mode="score" if "ddim" in name else "mean",
-            num_inference_steps=info["num_steps"],
+            num_inference_steps=len(timestep_map),
             sample=recorded["x_T"],
-            low_res=recorded.get("low_res"),
-            eta=info["eta"] or 0.0,
             output_type="latent",
             callback_on_step_end=record,
+            **arguments,
         ).images
 
-    assert [t for t, _ in steps.values()] == info["timestep_map"][::-1]
-    for i, expected in zip(info["stored_steps"], recorded["samples"], strict=True):
+    assert [t for t, _ in steps.values()] == timestep_map[::-1]
+    for i, expected in zip(stored_steps, recorded["samples"], strict=True):
         deviation = (steps[i][1] - expected).abs().max() / expected.abs().max()
         assert deviation < 1e-4, f"step {i}"
-    assert torch.equal(images, steps[info["num_steps"] - 1][1])
+    assert torch.equal(images, steps[len(timestep_map) - 1][1])

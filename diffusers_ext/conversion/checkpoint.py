@@ -26,14 +26,18 @@ _REMEDIES = {
     "a TorchScript program": "It could run code: ask for its state dict.",
 }
 
+# Where training scripts put the weights and their moving average: the lists of ddim, and the mappings of DiT.
+_WEIGHTS_AND_AVERAGES = (("[0]", "[4]"), ("['model']", "['ema']"))
+
 StateDict = dict[str, torch.Tensor]
 
 
-def read_checkpoint(path: str | os.PathLike) -> StateDict:
+def read_checkpoint(path: str | os.PathLike, ema: bool = True) -> StateDict:
     """State dict of a file, on the CPU, and mapped into memory where the format allows.
 
     Args:
         path: a `.safetensors` file, or one that `torch.save` wrote (`.pt`, `.pth`, `.ckpt`, `.bin`).
+        ema: as for [`unwrap_state_dict`].
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -64,23 +68,28 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
     except Exception as error:  # damaged bytes fail anywhere inside the readers
         reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         raise ValueError(f"`source` ({path}) is truncated or damaged: {reason}. Download it again.") from None
-    return unwrap_state_dict(content, f"`source` ({path})")
+    return unwrap_state_dict(content, f"`source` ({path})", ema)
 
 
-def unwrap_state_dict(content: Any, name: str) -> StateDict:
+def unwrap_state_dict(content: Any, name: str, ema: bool = True) -> StateDict:
     """The one state dict in the content of a checkpoint, without prefixes of wrapping modules.
 
     One-byte floats become float32, which is exact.
 
     Args:
         content: nested containers; the state dict is the only mapping in them that holds tensors and nothing else,
-            those of optimizers aside.
+            those of optimizers aside. The training checkpoints of ddim, a list of the model, the optimizer, the epoch,
+            the step and the moving average, and of DiT, a mapping with `model` and `ema`, hold two.
         name: how an error names `content`.
+        ema: of these two, take the moving average, which the originals sample with.
 
     Raises:
         ValueError: when there is no state dict, or more than one.
     """
     found = dict(_state_dicts(content))
+    if tuple(found) in _WEIGHTS_AND_AVERAGES:
+        place = tuple(found)[ema]
+        found = {place: found[place]}
     if len(found) != 1:
         what = f"{len(found)} state dicts, at {', '.join(found)}" if found else "no mapping of names to tensors alone"
         raise ValueError(

@@ -12,25 +12,24 @@ from typing import Any
 
 from diffusers import ModelMixin
 
+from diffusers_ext.conversion.flags import REQUIRED, Flags, complete, pop_builder
 from diffusers_ext.conversion.presets import Preset
 from diffusers_ext.conversion.rules import KEEP, TRANSPOSE, Operation, Rule, pointwise, split_qkv, stack
 from diffusers_ext.models.unet_adm import ADMAttention, ADMClassifierModel, ADMResnetBlock, ADMUNet2DModel
 
 
 ADMModel = ADMUNet2DModel | ADMClassifierModel
-Flags = dict[str, Any]
 
 
 # What the builders take, and the defaults. `attention_resolutions` are factors of downsampling for a network, and
 # sizes in pixels for the `create_*` functions.
-_REQUIRED = object()
 _NETWORK = {
-    "image_size": _REQUIRED,
-    "in_channels": _REQUIRED,
-    "model_channels": _REQUIRED,
-    "out_channels": _REQUIRED,
-    "num_res_blocks": _REQUIRED,
-    "attention_resolutions": _REQUIRED,
+    "image_size": REQUIRED,
+    "in_channels": REQUIRED,
+    "model_channels": REQUIRED,
+    "out_channels": REQUIRED,
+    "num_res_blocks": REQUIRED,
+    "attention_resolutions": REQUIRED,
     "dropout": 0.0,
     "channel_mult": (1, 2, 4, 8),
     "conv_resample": True,
@@ -43,9 +42,9 @@ _NETWORK = {
     "use_new_attention_order": False,
 }
 _CREATE = {
-    "image_size": _REQUIRED,
-    "num_channels": _REQUIRED,
-    "num_res_blocks": _REQUIRED,
+    "image_size": REQUIRED,
+    "num_channels": REQUIRED,
+    "num_res_blocks": REQUIRED,
     "channel_mult": "",
     "learn_sigma": False,
     "class_cond": False,
@@ -183,26 +182,8 @@ def complete_flags(architecture: str, flags: Mapping[str, Any]) -> Flags:
             "noise_schedule": process.get("beta_schedule", "linear"),
             "diffusion_steps": process.get("num_diffusion_timesteps", 1000),
         }
-    builder = flags.pop("builder", None) or _recognise_builder(codebase, flags)
-    builder = builder.rpartition(".")[2]
-    if builder not in codebase.builders:
-        raise ValueError(
-            f"`builder` ({builder!r}) does not build {architecture!r}. Valid: {', '.join(codebase.builders)}."
-        )
-    defaults = _PROCESS | codebase.builders[builder]
-    unknown = sorted(set(flags) - set(defaults) - _NO_EFFECT)
-    if unknown:
-        raise ValueError(
-            f"`config` has flags that {builder!r} of {architecture!r} does not know: {', '.join(unknown)}. "
-            f"Valid: {', '.join(sorted(set(defaults) | _NO_EFFECT))}."
-        )
-    flags = {"builder": builder} | defaults | {key: flags[key] for key in flags if key in defaults}
-    for key, value in flags.items():
-        if isinstance(defaults.get(key), bool) and not isinstance(value, bool):
-            raise ValueError(f"`config` has {key}={value!r}, which must be True or False.")
-    missing = [key for key, value in flags.items() if value is _REQUIRED]
-    if missing:
-        raise ValueError(f"`config` lacks flags that {builder!r} of {architecture!r} needs: {', '.join(missing)}.")
+    builder = pop_builder(flags, codebase.builders, _recognise_builder(codebase, flags), architecture)
+    flags = complete(flags, _PROCESS | codebase.builders[builder], _NO_EFFECT, builder, architecture)
     for key, value in codebase.lacks.items():
         if flags.get(key, value) != value:
             raise ValueError(
@@ -568,7 +549,7 @@ _CM_LSUN = {
 
 
 def _presets(architecture: str, folder: str, runs: Mapping[str, tuple]) -> dict[str, Preset]:
-    """`runs`: flags, then if the authors name them the number of sampling steps and the classifier scale."""
+    """`runs`: flags, then if the authors name them the number of sampling steps and the scale of guidance."""
     url = f"https://openaipublic.blob.core.windows.net/{folder}"
     return {
         name: Preset(architecture, flags, f"{url}/{name}.pt", "mit", *facts) for name, (flags, *facts) in runs.items()

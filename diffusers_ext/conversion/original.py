@@ -1,5 +1,6 @@
 """Original checkpoint <-> model of this package, in memory and in files."""
 
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from huggingface_hub import hf_hub_download
 
 from diffusers import ModelMixin
 
-from diffusers_ext.conversion import guided_diffusion
+from diffusers_ext.conversion import ddim, dit, guided_diffusion, mnist_dilated
 from diffusers_ext.conversion.checkpoint import SUFFIXES, read_checkpoint, unwrap_state_dict, write_checkpoint
 from diffusers_ext.conversion.presets import Preset
 from diffusers_ext.conversion.rules import check_layout, to_original, to_ours
@@ -21,11 +22,12 @@ from diffusers_ext.conversion.rules import check_layout, to_original, to_ours
 StateDict = dict[str, torch.Tensor]
 
 # The module of each architecture's family. It has `CODEBASES`, `PRESETS`, `REMEMBERED_FLAGS`, `complete_flags`,
-# `to_config`, `to_flags` and `build_rules`.
-_FAMILIES = dict.fromkeys(guided_diffusion.CODEBASES, guided_diffusion)
+# `to_config`, `to_flags`, `build_rules` and `to_scheduler_config`.
+_MODULES = (guided_diffusion, ddim, dit, mnist_dilated)
+_FAMILIES = {architecture: module for module in _MODULES for architecture in module.CODEBASES}
 
 architectures = tuple(_FAMILIES)
-presets: dict[str, Preset] = {**guided_diffusion.PRESETS}
+presets: dict[str, Preset] = {name: preset for module in _MODULES for name, preset in module.PRESETS.items()}
 
 
 def load_original(
@@ -40,7 +42,8 @@ def load_original(
     Args:
         source: a `.pt`, `.pth`, `.ckpt`, `.bin` or `.safetensors` file, of which nothing is executed; or a state dict,
             whose tensors are copied and may be on the meta device. A state dict inside a training checkpoint is found
-            if it is the only one.
+            if it is the only one, and so is the moving average in those of ddim (of its weights if the flag `ema` is
+            False) and DiT.
         architecture: one of `architectures`: codebase and network.
         preset: name of the released checkpoint that `source` is, one of `presets`.
         config: instead of `preset`, the original's flags under the original's names. `"builder"` among them names the
@@ -52,24 +55,26 @@ def load_original(
     Raises:
         FileNotFoundError: when `source` is no file.
         ValueError: for an unknown name or flag, for a file that is not a checkpoint, and for a checkpoint that does
-            not fit: the error lists every key that is missing, unknown, or of another shape.
+            not fit: the error lists every key that is missing, unknown, or of another shape, and the architecture
+            and released checkpoint that it resembles.
     """
     flags = complete_flags(architecture, preset, config)
     family = _FAMILIES[architecture]
     model = _empty_model(architecture, flags)
     rules = family.build_rules(architecture, flags, model)
-    if isinstance(source, Mapping):
-        name = "`source`"
-        state_dict = {key: tensor.clone() for key, tensor in unwrap_state_dict(source, name).items()}
-    else:
+    ema = flags.get("ema", True)
+    if isinstance(source, (str, os.PathLike)):
         name = f"`source` ({source})"
-        state_dict = read_checkpoint(source)
+        state_dict = read_checkpoint(source, ema)
+    else:
+        name = "`source`"
+        state_dict = {key: tensor.clone() for key, tensor in unwrap_state_dict(source, name, ema).items()}
     described = f"preset {preset!r}" if preset else "`config`"
-    check_layout(
-        state_dict,
-        to_original(model.state_dict(), rules),
-        f"{name} does not fit {architecture!r} with {described}",
-    )
+    problem = f"{name} does not fit {architecture!r} with {described}"
+    try:
+        check_layout(state_dict, to_original(model.state_dict(), rules), problem)
+    except ValueError as error:
+        raise ValueError(f"{error}{_resemblance(state_dict, architecture)}") from None
     model.load_state_dict(to_ours(state_dict, rules), strict=True, assign=True)
     remembered = {f"_original_{name}": flags[name] for name in family.REMEMBERED_FLAGS}
     model.register_to_config(_original_architecture=architecture, **remembered)
@@ -90,7 +95,7 @@ def save_original(
         model: a model of this package.
         path: file to write, torch or safetensors by its suffix. It is written as a whole or not at all.
         architecture: whose file to write. By default where the model came from, and for a model that was not converted
-            guided-diffusion.
+            the first of `architectures` that its class has.
         preset: released checkpoint that has the network of `model`.
         config: instead of `preset`, flags that the original will be built with. By default the flags are derived.
 
@@ -157,7 +162,7 @@ def from_single_file(
             they come from there, else in `torch.hub.get_dir()`.
         preset: name of the released checkpoint. By default the name of the file, if it is one.
         config: instead of `preset`, the original's flags, see [`load_original`].
-        architecture: which codebase `config` is of, guided-diffusion by default.
+        architecture: which codebase `config` is of, by default the first of `architectures` that `cls` has.
         torch_dtype: dtype to convert the weights to.
 
     Raises:
@@ -191,6 +196,49 @@ def complete_flags(architecture: str, preset: str | None, config: Mapping[str, A
             raise ValueError(f"`preset` ({preset!r}) is not one of {architecture!r}. Valid: {', '.join(names)}.")
         config = presets[preset].flags
     return family.complete_flags(architecture, config)
+
+
+def to_scheduler_config(architecture: str, flags: Mapping[str, Any], model: ModelMixin) -> dict[str, Any]:
+    """Config of the `DDPMScheduler` that is the process of complete flags, unrespaced.
+
+    Raises:
+        ValueError: when `DDPMScheduler` has no such process.
+    """
+    return _family(architecture).to_scheduler_config(architecture, flags, model)
+
+
+def _resemblance(state_dict: StateDict, architecture: str) -> str:
+    """A sentence on what weights that do not fit `architecture` look like; empty where nothing is more like them."""
+    kinds = _kinds({key: tensor.shape for key, tensor in state_dict.items()})
+    likeness = {}
+    for candidate in architectures:
+        expected = _kinds(_layout(next(name for name in presets if presets[name].architecture == candidate)))
+        likeness[candidate] = len(kinds & expected) / len(kinds | expected)
+    best = max(likeness, key=likeness.get)
+    if likeness[best] < 0.5:
+        return ""
+    layout = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+    for candidate in sorted(likeness, key=likeness.get, reverse=True):
+        if likeness[candidate] > 0.75 * likeness[best]:
+            names = [name for name in presets if presets[name].architecture == candidate and _layout(name) == layout]
+            if names:
+                return f"\nIt looks like a `{candidate}` checkpoint ({' or '.join(names)})."
+    return f"\nIt looks like a `{best}` checkpoint." if likeness[best] > likeness[architecture] else ""
+
+
+def _kinds(layout: Mapping[str, tuple[int, ...]]) -> set[tuple[str, int]]:
+    """What tells architectures apart, and is the same in every size: names without numbers, numbers of dimensions."""
+    return {(re.sub(r"\d+", "#", key), len(shape)) for key, shape in layout.items()}
+
+
+@functools.cache
+def _layout(preset: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of a released checkpoint."""
+    architecture = presets[preset].architecture
+    flags = complete_flags(architecture, preset, None)
+    model = _empty_model(architecture, flags)
+    rules = _family(architecture).build_rules(architecture, flags, model)
+    return {key: tuple(tensor.shape) for key, tensor in to_original(model.state_dict(), rules).items()}
 
 
 def _family(architecture: str) -> ModuleType:

@@ -15,7 +15,8 @@ class Preset:
         url: where the authors put the file; None if they did not.
         licence: of the weights, by its SPDX identifier in lower case; None if it is not stated.
         num_inference_steps: sampling steps that the authors name.
-        classifier_scale: strength of classifier guidance that the authors name.
+        guidance_scale: strength that the authors name, of classifier guidance for a UNet of guided-diffusion, of
+            classifier-free guidance elsewhere.
     """
 
     architecture: str
@@ -23,4 +24,4 @@ class Preset:
     url: str | None
     licence: str | None = "mit"
     num_inference_steps: int | None = None
-    classifier_scale: float | None = None
+    guidance_scale: float | None = None

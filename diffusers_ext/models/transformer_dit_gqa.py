@@ -81,8 +81,8 @@ class PatchEmbed(nn.Conv2d):
     """
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, L, D)."""
-        return super().forward(sample.to(self.weight.dtype)).to(sample.dtype).flatten(2).transpose(1, 2)
+        """(B, C, H, W) -> (B, D, h, w)."""
+        return super().forward(sample.to(self.weight.dtype)).to(sample.dtype)
 
 
 class OutputProjection(nn.Linear):
@@ -380,7 +380,7 @@ class GQADiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         timestep, class_labels = self._check_inputs(sample, timestep, class_labels)
         height, width = (size // self.config.patch_size for size in sample.shape[2:])
         temb = self._embed_condition(timestep, class_labels, sample.dtype)  # (B or 1, D)
-        hidden_states = self.patch_embed(sample)  # (B, C, H, W) -> (B, L, D)
+        hidden_states = self.patch_embed(sample).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, L, D)
         image_rotary_emb = None
         if self.pos_embed is None:
             image_rotary_emb = self._rotary_embedding(height, width, sample.device)

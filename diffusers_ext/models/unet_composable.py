@@ -778,9 +778,9 @@ class ComposableUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         self.class_embedding = None
         if num_class_embeds is not None:
             self.class_embedding = nn.Embedding(num_class_embeds + null_class, temb_dim)
-        sources = _sources(config, "cross_attention")
-        self.time_tokens = TokenConditioning(temb_dim, context_dim) if "time" in sources else None
-        self.class_tokens = TokenConditioning(temb_dim, context_dim) if "class" in sources else None
+        self.condition_tokens = None
+        if "cross_attention" in _words(config):
+            self.condition_tokens = TokenConditioning(temb_dim, context_dim)
         if cross_attention_dim is not None:
             self.null_context = nn.Parameter(torch.randn(1, 1, context_dim) / context_dim**0.5)
 
@@ -861,9 +861,8 @@ class ComposableUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             word: F.silu(sum(embeddings[source] for source in _sources(config, word))) for word in _words(config)
         }
         context = []
-        for source, tokens in (("time", self.time_tokens), ("class", self.class_tokens)):
-            if tokens is not None:
-                context.append(tokens(F.silu(embeddings[source])))
+        if self.condition_tokens is not None:
+            context.append(self.condition_tokens(conditions["cross_attention"]))
         if config.cross_attention_dim is not None:
             context.append(self.null_context.to(dtype))
             if encoder_hidden_states is not None:
