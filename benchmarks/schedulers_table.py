@@ -5,8 +5,9 @@
 
 The data are a Gaussian mixture, so the best denoiser and classifier are known in closed form at every noise level, and
 a sample guided by the classifier must equal the one of classifier-free guidance from the same noise. The bench is
-`../shared/checks/schedulers_analytic.py`; its own command runs this pipeline with `--impl
-benchmarks.schedulers_table:sample`.
+`../shared/checks/schedulers_analytic.py`; its own command runs the pipelines with
+`--impl benchmarks.schedulers_table:sample` (classifier guidance) and
+`--impl benchmarks.schedulers_table:sample_class_conditional` (classifier-free guidance).
 """
 
 import importlib.util
@@ -24,7 +25,7 @@ from sections import write_section
 from diffusers import SchedulerMixin
 
 from diffusers_ext.guidance import REFUSED_SCHEDULERS
-from diffusers_ext.pipelines import ClassifierGuidedPipeline
+from diffusers_ext.pipelines import ClassConditionalPipeline, ClassifierGuidedPipeline
 
 
 BENCH = Path(__file__).resolve().parents[2] / "shared" / "checks" / "schedulers_analytic.py"
@@ -58,6 +59,43 @@ def sample(
         batch_size=shape[0],
         output_type="latent",
     ).images
+
+
+def sample_class_conditional(
+    *,
+    scheduler: SchedulerMixin,
+    unet: torch.nn.Module,
+    classifier: torch.nn.Module | None = None,
+    class_label: int | None = None,
+    guidance_scale: float = 1.0,
+    num_inference_steps: int = 50,
+    generator: torch.Generator | None = None,
+    shape: tuple[int, ...] = (8, 3, 2, 2),
+) -> torch.Tensor:
+    """Samples of the class-conditional pipeline in data space; the label alone guides, `classifier` is not used."""
+    pipe = ClassConditionalPipeline(unet=with_null_class(unet), scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        class_labels=class_label,
+        guidance_scale=guidance_scale if class_label is not None else None,
+        num_inference_steps=num_inference_steps,
+        generator=generator,
+        batch_size=shape[0],
+        output_type="latent",
+    ).images
+
+
+def with_null_class(unet: torch.nn.Module) -> torch.nn.Module:
+    """The exact denoiser of the bench, whose null label is -1, told the label that our networks have for that."""
+    classes = len(unet.config.means)
+    unet.register_to_config(num_class_embeds=classes, null_class=True)
+
+    def translate(module: torch.nn.Module, inputs: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        labels = options["class_labels"]
+        return inputs, options | {"class_labels": torch.where(labels == classes, -1, labels)}
+
+    unet.register_forward_pre_hook(translate, with_kwargs=True)
+    return unet
 
 
 def load_bench() -> ModuleType:

@@ -58,6 +58,7 @@ Size = tuple[int, int]
 # Children of these names are lists of blocks, in our models and in diffusers'.
 BLOCK_LISTS = ("down_blocks", "up_blocks", "transformer_blocks", "single_transformer_blocks", "blocks", "layers")
 TEXT_TOKENS = 77  # length of the text that stands for `encoder_hidden_states`
+TIMESTEP = 500  # the middle of the usual thousand; noise level of the effective receptive field
 # Without being asked, the effective receptive field is measured where that takes seconds.
 EFFECTIVE_PARAMETERS, EFFECTIVE_FLOPS, EFFECTIVE_SAMPLES = 50e6, 15e9, 8
 
@@ -352,12 +353,13 @@ def _parts(model: str) -> list[str]:
 
 
 def _preset_source(name: str) -> Source:
-    from diffusers_ext.conversion import empty_model, presets
+    from diffusers_ext.conversion.original import _empty_model, complete_flags, presets
 
     known = named_sources()[name]
     if known is None:
-        model = empty_model(presets[name].architecture, preset=name)
-        return Source(name, type(model), dict(model.config))
+        architecture = presets[name].architecture
+        model = _empty_model(architecture, complete_flags(architecture, name, None))
+        return Source(name, type(model), {key: model.config[key] for key in model.config if key[0] != "_"})
     return Source(name, *known)
 
 
@@ -547,7 +549,7 @@ def example_inputs(
         labels = zeros(batch_size, config.projection_class_embeddings_input_dim)
     elif config.get("class_embed_type") == "identity":
         labels = zeros(batch_size, 4 * config.block_out_channels[0])
-    timestep = torch.zeros(batch_size, dtype=torch.long, device=device)
+    timestep = torch.full((batch_size,), TIMESTEP, device=device)
     values = {
         "timestep": timestep,
         "timesteps": timestep,

@@ -59,8 +59,8 @@ _ATTENTIONS = {
     aten._scaled_dot_product_flash_attention_for_cpu,
 }
 # Elements are moved or repeated: the operation does to the rectangles what it does to the values.
-_MOVES = {aten.repeat, aten.flip, aten.roll, aten.pixel_shuffle, aten.pixel_unshuffle, aten.upsample_nearest2d}
-_MOVES |= {aten.reflection_pad2d, aten.replication_pad2d, aten.upsample_nearest1d}
+_MOVES = {aten.repeat, aten.flip, aten.roll, aten.pixel_shuffle, aten.pixel_unshuffle}
+_MOVES |= {aten.reflection_pad2d, aten.replication_pad2d}
 _POOLS = {aten.avg_pool2d, aten.max_pool2d_with_indices, aten.max_pool2d, aten.avg_pool1d}
 
 
@@ -198,7 +198,9 @@ class FootprintMode(TorchDispatchMode):
             moved = func(first.expand(args[0].shape), *args[1:], **kwargs)
             return [_collapse(part) for part in (moved if isinstance(moved, (list, tuple)) else [moved])]
         elif packet is aten.constant_pad_nd:
-            return [_collapse(F.pad(first.expand(args[0].shape), args[1], value=_NOTHING))]
+            # Along a dimension whose entries agree, the margin may as well agree with them.
+            margins = [0 if first.shape[-1 - i // 2] == 1 else margin for i, margin in enumerate(args[1])]
+            return [F.pad(first, margins, value=_NOTHING)]
         elif packet in (aten.cat, aten.stack):
             dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
             return [_join(packet, [(x, self._side(x, side)) for x in args[0]], dim)]
@@ -209,6 +211,12 @@ class FootprintMode(TorchDispatchMode):
             kernel, stride, padding = (_per_axis(x, dims) for x in (kernel, stride, padding))
             part = _windows(first, outputs[0].shape[2:], kernel, stride, padding, [1] * dims)
             return [part] * len(outputs)
+        elif packet in (aten.upsample_nearest1d, aten.upsample_nearest2d):
+            for dim in range(2, first.ndim):
+                if first.shape[dim] > 1:
+                    old, new = args[0].shape[dim], outputs[0].shape[dim]
+                    first = first.index_select(dim, torch.arange(new) * old // new)
+            return [first]
         elif packet in (aten._adaptive_avg_pool2d, aten.adaptive_max_pool2d, aten.upsample_bilinear2d):
             return [_resized(first, args[0].shape, outputs[0].shape)] * len(outputs)
         elif packet in (aten._softmax, aten._log_softmax, aten.cumsum, aten._safe_softmax):

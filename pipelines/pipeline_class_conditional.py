@@ -46,9 +46,9 @@ from diffusers_ext.sampling import (
 
 DEFAULT_GUIDANCE_SCALE = 4.0  # that of `DiTPipeline`
 DEFAULT_AUTOGUIDANCE_SCALE = 2.0  # about what Karras et al. (2024) found best
-# Names that guiders give to predictions; what follows the first two comes from a weakened network, for the class.
+# Names that guiders give to predictions; the last is of the network for the class, with layers skipped.
 BOTH = ["pred_cond", "pred_uncond"]
-KNOWN_PREDICTIONS = (*BOTH, "pred_cond_skip", "pred_cond_seg")
+KNOWN_PREDICTIONS = (*BOTH, "pred_cond_skip")
 
 Prediction = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -417,7 +417,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             outputs = []
             for name in names:
                 model, ids = worse if name == "pred_uncond" else conditional
-                with _prepared(model, guider):
+                with _prepared(model, guider, name):
                     outputs.append(predict(model, sample, timestep, ids))
             return outputs
 
@@ -478,14 +478,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
         unknown = [name for name in names if name not in KNOWN_PREDICTIONS]
         if unknown:
             raise ValueError(
-                f"`guider` {type(guider).__name__} asks for {', '.join(unknown)}, which only the model has that it "
-                "was made for. Use `ClassifierFreeGuidance`, for example."
+                f"`guider` {type(guider).__name__} asks for {', '.join(unknown)}, which this pipeline cannot make. "
+                "Use one for classifier-free guidance, such as `ClassifierFreeGuidance`, or `SkipLayerGuidance`."
             )
         if "pred_uncond" in names and not isinstance(guider, AutoGuidance):
             self._check_null(f"`guider` {type(guider).__name__}")
-        for _ in names:
+        for name in names:
             try:
-                with _prepared(self._denoiser, guider):
+                with _prepared(self._denoiser, guider, name):
                     pass
             except ValueError as error:
                 raise ValueError(
@@ -494,9 +494,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
 
 @contextlib.contextmanager
-def _prepared(model: torch.nn.Module, guider: BaseGuidance | None) -> Iterator[None]:
-    """The network as the guider wants it for the next prediction: some skip layers of it meanwhile."""
+def _prepared(model: torch.nn.Module, guider: BaseGuidance | None, prediction: str) -> Iterator[None]:
+    """The network as the guider wants it for this prediction: some skip layers of it meanwhile."""
     if guider is not None:
+        if prediction == "pred_cond_skip":
+            guider._count_prepared = 2  # those that skip layers do so for the third, also where there is no second
         guider.prepare_models(model)
     try:
         yield

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from diffusers_ext import DilatedConvDenoiserModel
 from diffusers_ext.models.denoiser_dilated import PRESETS
@@ -9,6 +10,11 @@ from diffusers_ext.models.denoiser_dilated import PRESETS
 
 TINY = {"sample_size": 16, "hidden_channels": (16, 16, 16, 16)}
 CONDITIONAL = TINY | {"num_class_embeds": 5, "null_class": True}
+
+
+class Sum(torch.nn.Module):
+    def forward(self, hidden_states: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+        return hidden_states + update
 
 
 def test_preset():
@@ -34,7 +40,7 @@ def test_every_layer_widens_what_a_pixel_sees_by_its_dilation():
     torch.manual_seed(0)
     model = DilatedConvDenoiserModel(**TINY | {"dilations": (1, 2, 4, 8)})
     for block in model.blocks[1:]:  # whose statistics are of the whole image
-        block.norm = torch.nn.Identity()
+        block.norm = Sum()
     sample = torch.zeros(1, 1, 65, 65, requires_grad=True)
     model(sample, 10).sample[0, 0, 32, 32].backward()
     seen = sample.grad[0, 0].nonzero()
@@ -89,3 +95,16 @@ def test_wrong_inputs_are_named(config, changes, message):
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         DilatedConvDenoiserModel(**TINY | options)
+
+
+def test_low_rank_adapters_are_as_dilated_as_what_they_adapt():
+    torch.manual_seed(0)
+    model, sample = DilatedConvDenoiserModel(**TINY | {"dilations": (1, 2, 4, 8)}).eval(), torch.randn(2, 1, 16, 16)
+    model.add_adapter(LoraConfig(r=4, target_modules=["conv", "conv_in", "conv_out"], init_lora_weights=False))
+    with torch.no_grad():
+        adapted = model(sample, 10).sample
+        model.fuse_lora()
+        torch.testing.assert_close(model(sample, 10).sample, adapted, rtol=0, atol=1e-4)
+        model.unfuse_lora()
+        model.unload_lora()
+        assert not torch.allclose(model(sample, 10).sample, adapted, atol=1e-3)

@@ -1,6 +1,7 @@
-"""What diffusers and its users may ask of every model, on tiny configurations of each architecture."""
+"""What diffusers and its users may ask of every model, on tiny configurations of all architecture families."""
 
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -8,93 +9,220 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from diffusers import AutoModel, ModelMixin, UNet2DModel
+from diffusers import AutoModel, ModelMixin
 from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.utils import BaseOutput
 
-from diffusers_ext import ADMClassifierModel, ADMUNet2DModel
-from diffusers_ext.models.unet_adm import ADMAttention, ADMAttnProcessor, ADMResnetBlock
+from diffusers_ext import (
+    ADMClassifierModel,
+    ADMUNet2DModel,
+    ComposableUNet2DModel,
+    DDPMUNet2DModel,
+    DilatedConvDenoiserModel,
+    GQADiTTransformer2DModel,
+)
+from diffusers_ext.models.denoiser_dilated import DilatedConv
+from diffusers_ext.models.transformer_dit_gqa import GQADiTBlock
+from diffusers_ext.models.unet_adm import ADMAttention, ADMClassifierOutput, ADMResnetBlock
+from diffusers_ext.models.unet_composable import ASPP, ComposableAttentionBlock, ComposableResnetBlock
+from diffusers_ext.models.unet_ddpm import DDPMAttention, DDPMResnetBlock
 
 
-TINY = {
+CLASSES, IMAGE_CHANNELS, TOKENS = 5, 3, 6
+ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+CONVOLUTIONS = ["conv_in", "conv1", "conv2", "conv_shortcut", "conv"]
+UNET = {
     "sample_size": 16,
-    "in_channels": 3,
+    "in_channels": IMAGE_CHANNELS,
     "block_out_channels": (32, 64),
     "layers_per_block": 1,
     "attention_resolutions": (8,),
-    "attention_head_dim": 16,
     "norm_num_groups": 8,  # several channels in a group, or the norm would hide an additive time embedding
 }
-ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
-CONVOLUTIONS = ["conv_in", "conv1", "conv2", "conv_shortcut", "conv"]
+
+
+class Family(NamedTuple):
+    """An architecture, in the words of this suite."""
+
+    model_class: type[ModelMixin]
+    tiny: dict[str, Any]
+    blocks: tuple[type[nn.Module], ...]  # what gradient checkpointing computes anew
+    layers: list[str]  # what LoRA may change besides attention
+    output_class: type[BaseOutput] = UNet2DOutput
+
+
+ADM = Family(ADMUNet2DModel, UNET | {"attention_head_dim": 16}, (ADMResnetBlock, ADMAttention), CONVOLUTIONS)
+ADM_CLASSIFIER = ADM._replace(
+    model_class=ADMClassifierModel, tiny=ADM.tiny | {"num_classes": 7}, output_class=ADMClassifierOutput
+)
+DDPM = Family(DDPMUNet2DModel, UNET, (DDPMResnetBlock, DDPMAttention), CONVOLUTIONS)
+DILATED = Family(
+    DilatedConvDenoiserModel,
+    {"sample_size": 16, "in_channels": 3, "out_channels": 3, "hidden_channels": (32,) * 5, "time_embedding_dim": 32},
+    (DilatedConv,),
+    ["conv_in", "conv", "conv_out"],
+)
+COMPOSABLE = Family(
+    ComposableUNet2DModel,
+    UNET | {"attention_head_dim": 16},
+    (ComposableResnetBlock, ComposableAttentionBlock, ASPP),
+    CONVOLUTIONS,
+)
+DIT = Family(
+    GQADiTTransformer2DModel,
+    {"sample_size": 16, "patch_size": 4, "num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 8},
+    (GQADiTBlock,),
+    ["patch_embed", "linear_1", "linear_2", "modulation", "ff.net.0.proj", "ff.net.2", "proj_out"],
+    Transformer2DModelOutput,
+)
 
 
 class Case(NamedTuple):
-    model_class: type[ModelMixin]
-    config: dict
+    family: Family
+    options: dict[str, Any]
+    zeros: str = r"$^"  # names of the layers that are zero before training
 
-    def build(self) -> ModelMixin:
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.family.tiny | self.options
+
+    @property
+    def null_class(self) -> bool:
+        return self.config.get("null_class", False)
+
+    @property
+    def factor(self) -> int:
+        """What must divide height and width."""
+        return self.config.get("patch_size") or 2 ** (len(self.config.get("block_out_channels", "1")) - 1)
+
+    def build(self, **options) -> ModelMixin:
         """A model in evaluation mode of which no layer is silent; the same at every call."""
         torch.manual_seed(0)
-        model = self.model_class(**self.config)
+        model = self.family.model_class(**self.config | options)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.05 * torch.randn_like(parameter)
         return model.eval()
 
-    def inputs(self, batch: int = 2, height: int | None = None, width: int | None = None) -> dict[str, torch.Tensor]:
-        """Arguments of `forward`, another timestep and class for each image; the same at every call."""
-        height, width = height or self.config["sample_size"], width or self.config["sample_size"]
+    def inputs(self, batch: int = 2, height: int = 16, width: int = 16) -> dict[str, torch.Tensor]:
+        """Arguments of `forward`, another timestep and condition for each image; the same at every call."""
         random = torch.Generator().manual_seed(0)
         inputs = {
-            "sample": torch.randn(batch, 3, height, width, generator=random),
+            "sample": torch.randn(batch, IMAGE_CHANNELS, height, width, generator=random),
             "timestep": torch.tensor([20.0, 700.0, 131.5, 999.0])[:batch],
         }
         if self.config.get("num_class_embeds"):
             inputs["class_labels"] = torch.tensor([3, 1, 0, 4])[:batch]
         if self.config.get("low_res_channels"):
-            inputs["low_res"] = torch.randn(batch, 3, height // 2, width // 2, generator=random)
+            inputs["low_res"] = torch.randn(batch, IMAGE_CHANNELS, height // 2, width // 2, generator=random)
+        if self.config.get("cross_attention_dim"):
+            shape = (batch, TOKENS, self.config["cross_attention_dim"])
+            inputs["encoder_hidden_states"] = torch.randn(shape, generator=random)
         return inputs
 
 
-def unet(**options) -> Case:
-    return Case(ADMUNet2DModel, {**TINY, **options})
-
-
-def classifier(pool: str, **options) -> Case:
-    return Case(ADMClassifierModel, {**TINY, "pool": pool, "num_classes": 7, **options})
-
-
+GUIDED = {"num_class_embeds": CLASSES, "null_class": True}
+ZEROS_UNET = r"(conv2|to_out\.0|conv_out)$"
 CASES = {
-    "scale_shift": unet(),
-    "additive": unet(resnet_time_scale_shift="default", resample_type="conv"),
-    "pooling": unet(resample_type="pool", layers_per_block=2, attention_resolutions=(16, 8)),
-    "class_conditional": unet(num_class_embeds=5, out_channels=6),
-    "super_resolution": unet(in_channels=6, low_res_channels=3, dropout=0.1),
-    "heads_by_count": unet(num_attention_heads=2, num_attention_heads_upsample=4),
-    "half_first_level": unet(model_channels=64, timestep_scale=0.25),
-    "wide": unet(block_out_channels=(128, 128), norm_num_groups=32, sample_size=32, attention_resolutions=(16,)),
-    "attention_pool": classifier("attention"),
-    "adaptive_pool": classifier("adaptive", resample_type="conv"),
-    "spatial_pool": classifier("spatial", num_attention_heads=2),
-    "spatial_v2_pool": classifier("spatial_v2", resnet_time_scale_shift="default"),
+    "adm": Case(ADM, GUIDED | {"out_channels": 6}, ZEROS_UNET),
+    "adm-additive": Case(
+        ADM, {"resnet_time_scale_shift": "default", "resample_type": "conv", "num_attention_heads": 2}, ZEROS_UNET
+    ),
+    "adm-super-resolution": Case(
+        ADM, {"in_channels": 6, "low_res_channels": 3, "dropout": 0.1, "resample_type": "pool"}, ZEROS_UNET
+    ),
+    "adm-classifier": Case(ADM_CLASSIFIER, {"pool": "attention"}, ZEROS_UNET),
+    "adm-classifier-spatial": Case(ADM_CLASSIFIER, {"pool": "spatial_v2"}, ZEROS_UNET),
+    "ddpm": Case(DDPM, GUIDED, ZEROS_UNET),
+    "ddpm-pool": Case(
+        DDPM, {"resample_type": "pool", "model_channels": 48, "attention_head_dim": 16, "dropout": 0.1}, ZEROS_UNET
+    ),
+    "dilated": Case(DILATED, GUIDED | {"out_channels": 6}),
+    "dilated-unconditional": Case(DILATED, {"dilations": (1, 2, 4, 2, 1)}),
+    "composable": Case(COMPOSABLE, GUIDED, ZEROS_UNET),
+    "composable-text": Case(
+        COMPOSABLE,
+        GUIDED
+        | {
+            "time_embedding_type": "hybrid",
+            "class_conditioning": "cross_attention",
+            "cross_attention_dim": 12,
+            "channel_attention": True,
+            "dilations": (1, 2),
+            "attention_position_embedding": "relative",
+            "bottleneck_context": "aspp",
+        },
+        r"(conv2|to_out\.0|conv_out|positions\.linear_2|context\.proj_out)$",
+    ),
+    "composable-post": Case(
+        COMPOSABLE,
+        {
+            "num_class_embeds": CLASSES,
+            "resnet_order": "post",
+            "norm_type": "layer",
+            "conv_type": "separable",
+            "time_embedding_type": "learned",
+            "time_conditioning": "adain",
+            "class_conditioning": "concat",
+            "attention_position_embedding": "learned_fourier",
+        },
+        r"(resnets\.\d+\.norm2|to_out\.0|conv_out)$",
+    ),
+    "composable-batch": Case(
+        COMPOSABLE,
+        {
+            "norm_type": "batch",
+            "time_conditioning": "cross_attention",
+            "attention_position_embedding": "sincos2d",
+            "dropout": 0.1,
+        },
+        ZEROS_UNET,
+    ),
+    "composable-additive": Case(
+        COMPOSABLE,
+        GUIDED | {"time_conditioning": "concat", "class_conditioning": "add", "conv_type": "separable"},
+        r"(conv2\.pointwise|to_out\.0|conv_out)$",
+    ),
+    "dit": Case(DIT, GUIDED | {"num_key_value_heads": 2}, r"(modulation|modulation_out|proj_out)$"),
+    "dit-additive": Case(
+        DIT,
+        {
+            "num_class_embeds": CLASSES,
+            "num_key_value_heads": 1,
+            "conditioning": "additive",
+            "time_embedding_type": "learned",
+            "class_embedding_type": "sinusoidal",
+            "qk_norm": "rms_norm",
+            "position_embedding": "rotary",
+            "activation_fn": "swiglu",
+            "attention_bias": False,
+        },
+        r"proj_out$",
+    ),
+    "dit-unconditional": Case(
+        DIT,
+        {"out_channels": 6, "qk_norm": "layer_norm", "position_embedding": "learned", "dropout": 0.1},
+        r"(modulation|modulation_out|proj_out)$",
+    ),
 }
-DIFFUSERS_CASES = {  # those that `UNet2DModel` can express
-    "scale_shift": CASES["scale_shift"],
-    "additive": CASES["additive"],
-    "class_conditional": CASES["class_conditional"],
-    "deep": unet(layers_per_block=2, attention_resolutions=(16, 8), resnet_time_scale_shift="default"),
-    "heads_by_count": unet(num_attention_heads=4),
-}
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES)
-def case(request) -> Case:
-    return request.param
+def cases(*names: str):
+    """Parametrises a test over the cases of these names."""
+    return pytest.mark.parametrize("case", [pytest.param(CASES[name], id=name) for name in names])
 
 
-@pytest.fixture(params=DIFFUSERS_CASES.values(), ids=DIFFUSERS_CASES)
-def diffusers_case(request) -> Case:
-    return request.param
+every_case = cases(*CASES)
+# One or two of each family, for what is slow and hardly depends on options.
+some_cases = cases("adm", "adm-classifier", "ddpm", "dilated", "composable", "composable-text", "dit", "dit-additive")
+denoisers = cases(*(name for name in CASES if "classifier" not in name))
+with_attention = cases(*(name for name in CASES if "dilated" not in name))
+with_dropout = cases(*(name for name in CASES if "dropout" in CASES[name].config))
+with_classes = cases(*(name for name in CASES if "num_class_embeds" in CASES[name].config))
+without_classes = cases(*(name for name in CASES if "num_class_embeds" not in CASES[name].config))
+one_per_family = cases("adm", "adm-classifier", "ddpm", "dilated", "composable", "dit")
 
 
 @torch.no_grad()
@@ -109,13 +237,14 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def cast(inputs: dict, dtype: torch.dtype) -> dict:
-    return {name: x.to(dtype) if name in ("sample", "low_res") else x for name, x in inputs.items()}
+    kept = ("timestep", "class_labels")
+    return {name: x if name in kept else x.to(dtype) for name, x in inputs.items()}
 
 
 def gradients(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
     output = model(**inputs, return_dict=False)[0]
     (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def lora(rank: int, targets: list[str], **options) -> LoraConfig:
@@ -125,18 +254,21 @@ def lora(rank: int, targets: list[str], **options) -> LoraConfig:
 # Outputs
 
 
+@every_case
 def test_output_has_a_name_and_a_shape(case):
     model, inputs = case.build(), case.inputs()
     with torch.no_grad():
         output = model(**inputs)
-    if case.model_class is ADMUNet2DModel:
-        values, shape = output.sample, (2, case.config.get("out_channels", 3), *inputs["sample"].shape[2:])
-    else:
+    assert isinstance(output, case.family.output_class)
+    if case.family is ADM_CLASSIFIER:
         values, shape = output.logits, (2, 7)
+    else:
+        values, shape = output.sample, (2, case.config.get("out_channels", IMAGE_CHANNELS), 16, 16)
     assert values.shape == shape and torch.equal(values, output[0])
     assert torch.equal(values, predict(model, inputs))
 
 
+@every_case
 @pytest.mark.parametrize("height, width, scale", [(16, 24, 1.0), (32, 32, 0.01)], ids=["rectangle", "tiny values"])
 def test_output_is_right_in_every_mode_and_layout(case, height, width, scale):
     model, inputs = case.build(), case.inputs(2, height, width)
@@ -152,20 +284,23 @@ def test_output_is_right_in_every_mode_and_layout(case, height, width, scale):
             assert error(model(**inputs)[0], expected) < 0.08
 
 
+@every_case
 @pytest.mark.parametrize("dtype, bound", [(torch.float16, 0.01), (torch.bfloat16, 0.08)], ids=str)
 def test_half_precision(case, dtype, bound):
-    inputs = case.inputs(2, 16, 16)
+    inputs = case.inputs()
     expected = predict(case.build(), inputs)
     actual = predict(case.build().to(dtype), cast(inputs, dtype))
     assert actual.dtype == dtype and error(actual, expected) < bound
 
 
+@every_case
 def test_images_of_a_batch_do_not_meet(case):
     model, inputs = case.build(), case.inputs(3)
     singles = [predict(model, {name: x[i : i + 1] for name, x in inputs.items()}) for i in range(3)]
     assert error(predict(model, inputs), torch.cat(singles)) < 1e-5
 
 
+@every_case
 def test_forms_of_the_timestep_agree_and_timesteps_matter(case):
     model, inputs = case.build(), case.inputs()
     expected = predict(model, inputs | {"timestep": 250})
@@ -181,71 +316,113 @@ def test_forms_of_the_timestep_agree_and_timesteps_matter(case):
     assert error(predict(model, inputs | {"timestep": torch.tensor([250, 900])})[1:], expected[1:]) > 1e-3
 
 
-def test_timestep_scale_multiplies_timesteps():
-    inputs = unet().inputs()
-    expected = predict(unet().build(), inputs | {"timestep": 100})
-    assert error(predict(unet(timestep_scale=0.25).build(), inputs | {"timestep": 400}), expected) < 1e-5
-
-
-@pytest.mark.parametrize("name, up", [("scale_shift", 4), ("heads_by_count", 4)])
-def test_number_of_heads(name, up):
-    down = CASES[name].config.get("num_attention_heads", 64 // TINY["attention_head_dim"])
-    modules = CASES[name].build().named_modules()
-    heads = {name.split(".")[0]: module.heads for name, module in modules if isinstance(module, ADMAttention)}
-    assert heads == {"down_blocks": down, "mid_block": down, "up_blocks": up}
-
-
-def test_conditions_matter():
-    for name, changed in (("class_conditional", "class_labels"), ("super_resolution", "low_res")):
-        model, inputs = CASES[name].build(), CASES[name].inputs()
-        other = inputs | {changed: inputs[changed].flip(0)}
-        assert error(predict(model, other), predict(model, inputs)) > 1e-2
-
-
-def test_time_of_a_whole_schedule_is_embedded_at_once(case):
+@denoisers
+def test_one_call_for_all(case):
     model, inputs = case.build(), case.inputs()
-    timesteps = torch.tensor([999, 500, 20, 0.5])
-    labels = inputs.pop("class_labels", None)
-    if labels is not None:
-        labels = labels[:1]
-    table = model.embed_time(timesteps, labels)
-    for row, timestep in zip(table, timesteps):
-        condition = {} if labels is None else {"class_labels": labels}
-        expected = predict(model, inputs | condition | {"timestep": timestep})
-        assert error(predict(model, inputs | {"timestep": None, "temb": row[None]}), expected) < 1e-5
+    expected = predict(model, inputs)
+    sample, timestep, class_labels = (inputs.pop(name, None) for name in ("sample", "timestep", "class_labels"))
+    with torch.no_grad():
+        assert torch.equal(model(sample, timestep, class_labels, **inputs).sample, expected)
+        assert torch.equal(model(sample, timestep, class_labels, **inputs, return_dict=False)[0], expected)
 
 
-def test_dropout_is_for_training():
-    case = CASES["super_resolution"]
+@every_case
+def test_conditions_matter(case):
+    model, inputs = case.build(), case.inputs()
+    expected = predict(model, inputs)
+    for name in inputs.keys() - {"sample", "timestep"}:
+        assert error(predict(model, inputs | {name: inputs[name].flip(0)}), expected) > 1e-3, name
+
+
+@with_dropout
+def test_dropout_is_for_training(case):
     model, inputs = case.build(), case.inputs()
     assert torch.equal(predict(model, inputs), predict(model, inputs))
     model.train()
     assert not torch.equal(predict(model, inputs), predict(model, inputs))
 
 
-def test_attention_pool_interpolates_its_positions():
-    case = CASES["attention_pool"]
-    model = case.build()
-    assert predict(model, case.inputs(2, 24, 32)).shape == (2, 7)
-    pool = model.head[1]
-    with torch.no_grad():
-        pool.positional_embedding[1:] = torch.arange(8.0).repeat(8)[:, None]  # grows from column to column
-        positions = pool._positions(8, 16)
-    assert torch.equal(positions[0], pool.positional_embedding[0])
-    grid = positions[1:].view(8, 16, -1)
-    assert grid.diff(dim=0).abs().max() < 1e-5 and grid.diff(dim=1)[:, 2:-2].min() > 0.1
+# Class labels
+
+
+@with_classes
+def test_one_label_serves_all_images(case):
+    model, inputs = case.build(), case.inputs()
+    one, each = (inputs | {"class_labels": torch.tensor(labels)} for labels in ([3], [3, 3]))
+    assert error(predict(model, one), predict(model, each)) < 1e-6
+
+
+@with_classes
+def test_no_label_is_the_null_label(case):
+    model, inputs = case.build(), case.inputs()
+    without = inputs | {"class_labels": None}
+    if not case.null_class:
+        with pytest.raises(ValueError, match="`class_labels` are needed"):
+            model(**without)
+        return
+    null = predict(model, inputs | {"class_labels": torch.tensor([CLASSES, CLASSES])})
+    assert error(predict(model, without), null) < 1e-6
+    assert error(predict(model, inputs), null) > 1e-3
+
+
+@with_classes
+def test_wrong_labels_are_named(case):
+    model, inputs = case.build(), case.inputs()
+    rows = CLASSES + case.null_class
+    for value in (-1, rows):
+        with pytest.raises(ValueError, match=rf"`class_labels` \w+ {value}\b.*\b({rows - 1}|{rows})\b"):
+            model(**inputs | {"class_labels": torch.tensor([1, value])})
+    with pytest.raises(ValueError, match="`class_labels` has 3 entries for 2 images"):
+        model(**inputs | {"class_labels": torch.tensor([1, 2, 3])})
+
+
+@without_classes
+def test_labels_are_no_input_of_an_unconditional_model(case):
+    if case.family is ADM_CLASSIFIER:
+        return  # has no such argument
+    with pytest.raises(ValueError, match="`class_labels` were given to an unconditional"):
+        case.build()(**case.inputs(), class_labels=torch.tensor([1, 2]))
+
+
+@cases("adm", "ddpm", "dilated", "composable", "dit")
+def test_null_class_needs_classes(case):
+    with pytest.raises(ValueError, match="`null_class`.*`num_class_embeds`"):
+        case.build(num_class_embeds=None)
+
+
+# Other wrong inputs
+
+
+@every_case
+def test_wrong_inputs_are_named(case):
+    model, inputs = case.build(), case.inputs()
+    for shape in ((2, 4, 16, 16), (3, 16, 16)):
+        with pytest.raises(ValueError, match=re.escape(f"`sample` has shape {shape}, expected (batch, 3")):
+            model(**inputs | {"sample": torch.zeros(shape)})
+    with pytest.raises(ValueError, match="`timestep` has 3 entries for 2 images"):
+        model(**inputs | {"timestep": torch.zeros(3)})
+
+
+@cases(*(name for name in CASES if CASES[name].factor > 1))
+def test_sizes_that_do_not_divide_are_named(case):
+    model, inputs = case.build(), case.inputs()
+    for height, width in ((17, 16), (16, 16 - case.factor // 2)):
+        with pytest.raises(ValueError, match=f"`sample` is {height}x{width} pixels; .* multiples of {case.factor}"):
+            model(**inputs | {"sample": torch.zeros(2, IMAGE_CHANNELS, height, width)})
 
 
 # Training
 
 
+@every_case
 def test_every_parameter_learns(case):
     for name, gradient in gradients(case.build().train(), case.inputs()).items():
         assert gradient is not None and gradient.abs().max() > 0, name
 
 
+@every_case
 def test_checkpointing_leaves_gradients_equal(case):
-    model, inputs = Case(case.model_class, case.config | {"dropout": 0.0}).build(), case.inputs()
+    model, inputs = case.build(**({"dropout": 0.0} if "dropout" in case.config else {})).train(), case.inputs()
     expected = gradients(model, inputs)
     model.zero_grad(set_to_none=True)
     calls = []
@@ -257,8 +434,7 @@ def test_checkpointing_leaves_gradients_equal(case):
     model.enable_gradient_checkpointing(checkpoint)
     assert model.is_gradient_checkpointing
     torch.testing.assert_close(gradients(model, inputs), expected, rtol=0, atol=5e-5)
-    blocks = {module for module in model.modules() if isinstance(module, (ADMResnetBlock, ADMAttention))}
-    assert blocks <= set(calls)
+    assert {module for module in model.modules() if isinstance(module, case.family.blocks)} <= set(calls)
     calls.clear()
     predict(model, inputs)
     model.disable_gradient_checkpointing()
@@ -266,48 +442,57 @@ def test_checkpointing_leaves_gradients_equal(case):
     assert not calls
 
 
+@every_case
 def test_residual_branches_and_outputs_start_at_zero(case):
-    model = case.model_class(**case.config)
-    zeros = {name.removesuffix(".weight") for name, x in model.named_parameters() if "weight" in name and not x.any()}
-    expected = {name for name, _ in model.named_modules() if name.endswith(("conv2", "to_out.0", "conv_out"))}
-    if case.config.get("pool") == "adaptive":
-        expected.add("head.3")
-    assert zeros == expected
+    model = case.family.model_class(**case.config)
+    weights = {name.removesuffix(".weight"): x for name, x in model.named_parameters() if name.endswith(".weight")}
+    assert {name for name, x in weights.items() if not x.any()} == {x for x in weights if re.search(case.zeros, x)}
 
 
 # Storage
 
 
+@every_case
 def test_config_rebuilds_the_model(case):
-    model = case.model_class(**case.config)
+    model = case.family.model_class(**case.config)
     assert {option: model.config[option] for option in case.config} == case.config
-    other = case.model_class.from_config(model.config)
+    other = case.family.model_class.from_config(model.config)
     assert {k: v.shape for k, v in other.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("options", [{}, {"variant": "fp16"}, {"max_shard_size": "100KB"}], ids=str)
-def test_saved_model_is_the_same(case, options, tmp_path):
+@every_case
+def test_saved_model_is_the_same(case, tmp_path):
+    model, inputs = case.build(), case.inputs()
+    model.save_pretrained(tmp_path)
+    for loader in (case.family.model_class, AutoModel):
+        loaded = loader.from_pretrained(str(tmp_path))
+        assert type(loaded) is case.family.model_class and not loaded.training
+        assert torch.equal(predict(loaded, inputs), predict(model, inputs))
+
+
+@some_cases
+@pytest.mark.parametrize("options", [{"variant": "fp16"}, {"max_shard_size": "50KB"}], ids=str)
+def test_variants_and_shards(case, options, tmp_path):
     model, inputs = case.build(), case.inputs()
     model.save_pretrained(tmp_path, **options)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == ("max_shard_size" in options)
     variant = {name: options[name] for name in options if name == "variant"}
-    for loader in (case.model_class, AutoModel):
-        loaded = loader.from_pretrained(str(tmp_path), **variant)
-        assert type(loaded) is case.model_class and not loaded.training
-        assert torch.equal(predict(loaded, inputs), predict(model, inputs))
-    half = case.model_class.from_pretrained(tmp_path, torch_dtype=torch.float16, **variant)
+    loaded = case.family.model_class.from_pretrained(tmp_path, **variant)
+    assert torch.equal(predict(loaded, inputs), predict(model, inputs))
+    half = case.family.model_class.from_pretrained(tmp_path, torch_dtype=torch.float16, **variant)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
     if variant:
         with pytest.raises(OSError, match="no file named"):
-            case.model_class.from_pretrained(tmp_path)
+            case.family.model_class.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["scale_shift", "super_resolution", "attention_pool", "spatial_v2_pool"])
-def test_disk_stands_in_for_memory(name, tmp_path):
-    case = CASES[name]
+@cases(
+    "adm", "adm-super-resolution", "adm-classifier", "adm-classifier-spatial", "ddpm", "dilated", "composable", "dit"
+)
+def test_disk_stands_in_for_memory(case, tmp_path):
     model, inputs = case.build(), case.inputs()
     model.save_pretrained(tmp_path)
-    loaded = case.model_class.from_pretrained(
+    loaded = case.family.model_class.from_pretrained(
         tmp_path,
         device_map="auto",
         max_memory={"cpu": model.get_memory_footprint() // 2},
@@ -317,6 +502,7 @@ def test_disk_stands_in_for_memory(name, tmp_path):
     assert error(predict(loaded, inputs), predict(model, inputs)) < 1e-5
 
 
+@every_case
 @pytest.mark.parametrize(
     "options", [{"offload_type": "block_level", "num_blocks_per_group": 1}, {}], ids=["block", "leaf"]
 )
@@ -327,19 +513,17 @@ def test_group_offload(case, options):
     assert error(predict(model, inputs), expected) < 1e-5
 
 
+@every_case
 def test_layerwise_casting(case):
     model, inputs = case.build(), case.inputs()
     expected, footprint = predict(model, inputs), model.get_memory_footprint()
-    kept = (
-        {"norm", "positional_embedding", "head.1"}
-        if case.config.get("pool") == "spatial_v2"
-        else {"norm", "positional"}
-    )
     model.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
-    assert model.get_memory_footprint() < 0.6 * footprint
+    assert model.get_memory_footprint() < 0.65 * footprint
+    norms = [module for module in model.modules() if isinstance(module, (nn.GroupNorm, nn.BatchNorm2d, nn.LayerNorm))]
+    kept = {id(parameter) for module in norms for parameter in module.parameters()}
     for name, parameter in model.named_parameters():
         assert parameter.dtype in (torch.float16, torch.float32)
-        if any(word in name for word in kept):
+        if id(parameter) in kept or "positional_embedding" in name:
             assert parameter.dtype == torch.float32, name
     actual = predict(model, inputs)
     assert actual.dtype == torch.float32 and 0 < error(actual, expected) < 0.01
@@ -352,23 +536,31 @@ def test_layerwise_casting(case):
 # Attention and adapters
 
 
+def attentions(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, AttentionModuleMixin)]
+
+
+@with_attention
 def test_attention_processors_can_be_replaced(case):
     class Zero:
-        def __call__(self, attn, hidden_states):
+        def __call__(self, attn, hidden_states, *args):
             return torch.zeros_like(hidden_states)
 
     model, inputs = case.build(), case.inputs()
     expected, processors = predict(model, inputs), model.attn_processors
-    assert len(processors) == sum(isinstance(module, ADMAttention) for module in model.modules()) > 1
+    assert len(processors) == len(attentions(model)) > 1
     model.set_attn_processor(Zero())
     assert {type(processor) for processor in model.attn_processors.values()} == {Zero}
     assert error(predict(model, inputs), expected) > 1e-3
-    model.set_attn_processor(dict.fromkeys(processors, ADMAttnProcessor()))
+    default = attentions(model)[0]._default_processor_cls
+    assert {type(processor) for processor in processors.values()} == {default}
+    model.set_attn_processor(dict.fromkeys(processors, default()))
     assert torch.equal(predict(model, inputs), expected)
     with pytest.raises(ValueError, match="number of processors"):
         model.set_attn_processor(dict(list(processors.items())[:1]))
 
 
+@with_attention
 def test_attention_backend_can_be_chosen(case):
     model, inputs = case.build(), case.inputs()
     expected = predict(model, inputs)
@@ -379,19 +571,40 @@ def test_attention_backend_can_be_chosen(case):
         model.reset_attention_backend()
 
 
+@with_attention
 def test_fused_projections_change_nothing(case):
     model, inputs = case.build(), case.inputs()
     expected = predict(model, inputs)
-    attentions = [module for module in model.modules() if isinstance(module, AttentionModuleMixin)]
     model.fuse_qkv_projections()
-    assert all(module.fused_projections and hasattr(module, "to_qkv") for module in attentions)
+    for module in attentions(model):
+        assert module.fused_projections and hasattr(module, "to_kv" if module.is_cross_attention else "to_qkv")
     assert error(predict(model, inputs), expected) < 1e-5
     model.unfuse_qkv_projections()
-    assert not any(module.fused_projections or hasattr(module, "to_qkv") for module in attentions)
+    for module in attentions(model):
+        assert not module.fused_projections and not hasattr(module, "to_kv") and not hasattr(module, "to_qkv")
     assert torch.equal(predict(model, inputs), expected)
 
 
-@pytest.mark.parametrize("targets", [ATTENTION_LAYERS, CONVOLUTIONS], ids=["attention", "convolutions"])
+def adapted(targets: str, *names: str) -> list:
+    """Cases of these names, with the layers of which a LoRA changes the output."""
+    return [
+        pytest.param(
+            CASES[name],
+            ATTENTION_LAYERS if targets == "attention" else CASES[name].family.layers,
+            id=f"{name}-{targets}",
+        )
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize(
+    "case, targets",
+    [
+        *adapted("attention", *(name for name in CASES if "dilated" not in name)),
+        # peft has no LoRA of convolutions with fewer groups than their rank can be divided into.
+        *adapted("others", *(name for name in CASES if "separable" not in CASES[name].config.values())),
+    ],
+)
 def test_lora(case, targets, tmp_path):
     model, inputs = case.build(), case.inputs()
     plain = predict(model, inputs)
@@ -413,15 +626,15 @@ def test_lora(case, targets, tmp_path):
     assert trained == {name for name, _ in loaded.named_parameters() if "lora" in name}
 
 
-@pytest.mark.parametrize("name", ["scale_shift", "additive", "pooling", "attention_pool"])
-def test_adapters_of_one_model_can_be_exchanged(name, tmp_path):
-    case = CASES[name]
+@cases("adm", "adm-additive", "adm-classifier", "ddpm", "composable", "dit")
+def test_adapters_of_one_model_can_be_exchanged(case, tmp_path):
     inputs, expected = case.inputs(), []
     for rank in (4, 8):
         model = case.build()
         torch.manual_seed(rank)
-        # To swap them, peft replaces convolutions by plain ones, which do not upsample.
-        model.add_adapter(lora(rank, ATTENTION_LAYERS + CONVOLUTIONS, exclude_modules=".*upsamplers.*"))
+        # To swap them, peft replaces convolutions by plain ones, which neither upsample nor are dilated.
+        targets = ATTENTION_LAYERS + case.family.layers
+        model.add_adapter(lora(rank, targets, exclude_modules=".*upsamplers.*"))
         expected.append(predict(model, inputs))
         model.save_lora_adapter(tmp_path / str(rank))
     model = case.build()
@@ -435,19 +648,20 @@ def test_adapters_of_one_model_can_be_exchanged(name, tmp_path):
 # Compilers
 
 
-@pytest.mark.parametrize("name", ["class_conditional", "super_resolution", "attention_pool"])
-def test_one_graph_serves_all_timesteps(name):
-    model, inputs = CASES[name].build(), CASES[name].inputs()
+@some_cases
+def test_one_graph_serves_all_timesteps(case):
+    model, inputs = case.build(), case.inputs()
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for timestep in (inputs["timestep"], inputs["timestep"] + 1):
+        for timestep in (inputs["timestep"], inputs["timestep"] - 1.5):
             expected = predict(model, inputs | {"timestep": timestep})
             assert error(predict(compiled, inputs | {"timestep": timestep}), expected) < 1e-5
 
 
-def test_attention_compiles_once():
-    model, inputs = CASES["scale_shift"].build(), CASES["scale_shift"].inputs()
+@one_per_family
+def test_repeated_blocks_compile_once(case):
+    model, inputs = case.build(), case.inputs()
     expected = predict(model, inputs)
     torch.compiler.reset()
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
@@ -457,9 +671,9 @@ def test_attention_compiles_once():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # the compiler's, on a busy machine
-@pytest.mark.parametrize("name", ["class_conditional", "attention_pool"])
-def test_compiled_code_gives_the_same(name):
-    model, inputs = CASES[name].build(), CASES[name].inputs()
+@one_per_family
+def test_compiled_code_gives_the_same(case):
+    model, inputs = case.build(), case.inputs()
     torch.compiler.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = torch.compile(model, fullgraph=True)
@@ -467,149 +681,10 @@ def test_compiled_code_gives_the_same(name):
         predict(compiled, inputs)
 
 
-@pytest.mark.parametrize("name", ["scale_shift", "attention_pool"])
-def test_export(name):
-    model, inputs = CASES[name].build(), CASES[name].inputs()
+@some_cases
+def test_export(case):
+    model, inputs = case.build(), case.inputs()
+    if case.null_class:
+        del inputs["class_labels"]
     exported = torch.export.export(model, (), inputs).module()
     assert error(exported(**inputs)[0], predict(model, inputs)) < 1e-5
-
-
-# The equal model of diffusers
-
-
-def test_diffusers_unet_is_equal_and_comes_back(diffusers_case):
-    model, inputs = diffusers_case.build(), diffusers_case.inputs()
-    exported = model.to_diffusers()
-    assert type(exported) is UNet2DModel and not exported.training
-    assert error(predict(exported, inputs), predict(model, inputs)) < 1e-5
-    back = ADMUNet2DModel.from_diffusers(exported)
-    assert error(predict(back, inputs), predict(model, inputs)) < 1e-6
-    assert not back.training
-    torch.testing.assert_close(back.state_dict(), model.state_dict(), rtol=0, atol=0)
-    options = dict(model.config)
-    if options["num_attention_heads"]:  # in the words of diffusers
-        options |= {"num_attention_heads": None, "attention_head_dim": 64 // options["num_attention_heads"]}
-    hidden = {option for option in options if option.startswith("_")}
-    assert {k: back.config[k] for k in options.keys() - hidden} == {k: options[k] for k in options.keys() - hidden}
-
-
-def test_diffusers_unet_keeps_dtype_and_mode():
-    model = CASES["scale_shift"].build().to(torch.bfloat16).train()
-    assert model.to_diffusers().dtype == torch.bfloat16 and model.to_diffusers().training
-    back = ADMUNet2DModel.from_diffusers(model.to_diffusers())
-    assert back.dtype == torch.bfloat16 and back.training
-
-
-@pytest.mark.parametrize(
-    "options, reasons",
-    [
-        ({"num_attention_heads": 4, "attention_resolutions": (16, 8)}, ["one number of heads for all resolutions"]),
-        ({"num_attention_heads": 2, "num_attention_heads_upsample": 4}, ["one number of heads for all resolutions"]),
-        ({"model_channels": 64}, [r"as wide as the first level \(32\), not 64"]),
-        ({"resample_type": "pool"}, ["resampling without parameters"]),
-        ({"in_channels": 6, "low_res_channels": 3}, ["low-resolution image"]),
-        ({"timestep_scale": 0.25}, [r"timesteps \(by 0.25\)"]),
-        ({"timestep_scale": 0.25, "resample_type": "pool"}, ["0.25", "without parameters"]),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_model_that_diffusers_cannot_express(options, reasons):
-    model = ADMUNet2DModel(**{**TINY, **options})
-    for reason in reasons:
-        with pytest.raises(ValueError, match=f"`diffusers.UNet2DModel` cannot express this model: .*{reason}"):
-            model.to_diffusers()
-
-
-@pytest.mark.parametrize(
-    "options, difference",
-    [
-        ({"sample_size": None}, "`sample_size`"),
-        ({"sample_size": (16, 16)}, "`sample_size`"),
-        ({"flip_sin_to_cos": False}, "`flip_sin_to_cos`"),
-        ({"freq_shift": 1}, "`freq_shift`"),
-        ({"center_input_sample": True}, "`center_input_sample`"),
-        ({"time_embedding_type": "fourier"}, "`time_embedding_type`"),
-        ({"act_fn": "relu"}, "`act_fn`"),
-        ({"downsample_padding": 0}, "`downsample_padding`"),
-        ({"mid_block_scale_factor": 2.0}, "`mid_block_scale_factor`"),
-        ({"add_attention": False}, "`add_attention`"),
-        ({"attention_head_dim": None}, "`attention_head_dim`"),
-        ({"upsample_type": "resnet"}, "`upsample_type`"),
-        ({"up_block_types": ("UpBlock2D", "UpBlock2D")}, "`up_block_types`"),
-        ({"down_block_types": ("DownBlock2D", "SkipDownBlock2D")}, "`down_block_types`"),
-        ({"class_embed_type": "timestep"}, "`class_embed_type`"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_diffusers_unet_that_is_no_adm(options, difference):
-    config = {
-        "sample_size": 16,
-        "block_out_channels": (32, 64),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-        "norm_num_groups": 8,
-        "layers_per_block": 1,
-    }
-    ADMUNet2DModel.from_diffusers(UNet2DModel(**config))
-    with pytest.raises(ValueError, match=f"is not an ADM: .*{difference}"):
-        ADMUNet2DModel.from_diffusers(UNet2DModel(**{**config, **options}))
-
-
-# Errors
-
-
-@pytest.mark.parametrize(
-    "name, changes, message",
-    [
-        ("scale_shift", {"sample": torch.zeros(2, 3, 17, 16)}, "17x16 pixels; .* multiples of 2"),
-        ("scale_shift", {"sample": torch.zeros(2, 3, 16, 15)}, "16x15 pixels; .* multiples of 2"),
-        ("attention_pool", {"sample": torch.zeros(2, 3, 16, 15)}, "16x15 pixels; .* multiples of 2"),
-        ("scale_shift", {"sample": torch.zeros(2, 4, 16, 16)}, r"`sample` has shape \(2, 4, 16, 16\), expected .*3"),
-        ("scale_shift", {"sample": torch.zeros(3, 16, 16)}, r"`sample` has shape \(3, 16, 16\)"),
-        ("super_resolution", {"sample": torch.zeros(2, 6, 16, 16)}, r"`sample` has shape .* expected \(batch, 3"),
-        ("scale_shift", {"timestep": torch.zeros(3)}, "`timestep` has 3 entries for 2 images"),
-        ("spatial_pool", {"timestep": torch.zeros(3)}, "`timestep` has 3 entries for 2 images"),
-        ("class_conditional", {"class_labels": None}, "`class_labels` are needed"),
-        ("class_conditional", {"class_labels": torch.tensor([1, 2, 3])}, "`class_labels` has 3 entries for 2 images"),
-        ("scale_shift", {"class_labels": torch.tensor([1, 2])}, "`class_labels` were given to an unconditional"),
-        ("super_resolution", {"low_res": None}, "`low_res` images are needed"),
-        ("super_resolution", {"low_res": torch.zeros(2, 1, 8, 8)}, r"`low_res` has shape \(2, 1, 8, 8\)"),
-        ("super_resolution", {"low_res": torch.zeros(1, 3, 8, 8)}, r"`low_res` has shape \(1, 3, 8, 8\)"),
-        ("scale_shift", {"low_res": torch.zeros(2, 3, 8, 8)}, "`low_res` images were given to a UNet that has no"),
-    ],
-)
-def test_wrong_inputs_are_named(name, changes, message):
-    model, inputs = CASES[name].build(), CASES[name].inputs()
-    with pytest.raises(ValueError, match=message):
-        model(**{**inputs, **changes})
-
-
-@pytest.mark.parametrize(
-    "build", [unet, lambda **options: classifier("adaptive", **options)], ids=["unet", "classifier"]
-)
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"resnet_time_scale_shift": "film"}, "`resnet_time_scale_shift` is 'film'"),
-        ({"resample_type": "resblock"}, "`resample_type` is 'resblock'"),
-        (
-            {"block_out_channels": (36, 64)},
-            r"`block_out_channels` \(36, 64\) must be multiples of `norm_num_groups` \(8\)",
-        ),
-        ({"attention_resolutions": (2, 7)}, "`attention_resolutions` .* 7 is not the size"),
-        ({"attention_head_dim": 48}, r"`attention_head_dim` \(48\) must divide 64"),
-        ({"attention_head_dim": None}, r"`attention_head_dim` \(None\) must divide 64"),
-        ({"num_attention_heads": 5}, r"`num_attention_heads` \(5\) must divide 64"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_wrong_options_are_named(build, options, message):
-    case = build(**options)
-    with pytest.raises(ValueError, match=message):
-        case.model_class(**case.config)
-
-
-def test_wrong_pool_is_named():
-    case = classifier("mean")
-    with pytest.raises(ValueError, match="`pool` is 'mean'; it must be .*attention"):
-        case.model_class(**case.config)

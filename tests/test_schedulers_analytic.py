@@ -2,6 +2,7 @@
 
 T1: unguided samples have the distribution of the data; T2: with guidance scale 1, that of the class; T3: with any
 scale, each equals the sample of classifier-free guidance with the exact conditional denoiser, from the same noise.
+Both pipelines, the one with a classifier and the class-conditional one.
 """
 
 import functools
@@ -14,6 +15,7 @@ import torch
 import diffusers
 
 from diffusers_ext.guidance import FLOW_SCHEDULERS, REFUSED_SCHEDULERS, UNKNOWN_PREDICTIONS
+from diffusers_ext.pipelines import ClassConditionalPipeline
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of numpy and torchsde about what diffusers does with them
@@ -39,13 +41,18 @@ def build(case):
         pytest.skip(str(error).strip().splitlines()[0])
 
 
+SAMPLERS = [
+    pytest.param(schedulers_table.sample, id="classifier"),
+    pytest.param(schedulers_table.sample_class_conditional, id="classifier-free"),
+]
+
+
+@pytest.mark.parametrize("sample", SAMPLERS)
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case["label"])
-def test_guided_sample_equals_exact_guidance(case):
+def test_guided_sample_equals_exact_guidance(case, sample):
     call = dict(num_inference_steps=12, guidance_scale=3.0, shape=(4, 3, 2, 2))
     scheduler, unet, classifier = build(case)
-    run = functools.partial(
-        schedulers_table.sample, scheduler=scheduler, unet=unet, classifier=classifier, class_label=1, **call
-    )
+    run = functools.partial(sample, scheduler=scheduler, unet=unet, classifier=classifier, class_label=1, **call)
     if case["name"] in {*REFUSED_SCHEDULERS, *UNKNOWN_PREDICTIONS.get(case["pt"], ())}:
         with pytest.raises(ValueError, match=case["name"]):
             run()
@@ -63,15 +70,37 @@ def test_guided_sample_equals_exact_guidance(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sample", SAMPLERS)
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case["label"])
-def test_distributions_as_the_reference(case):
-    actual = bench().run_case(case, schedulers_table.sample)
+def test_distributions_as_the_reference(case, sample):
+    actual = bench().run_case(case, sample)
     expected = bench().run_case(case, bench().reference_sampler)
     if case["name"] in REFUSED_SCHEDULERS or "note" in expected:
         assert case["name"] in actual["note"]
     else:
         assert actual["d3"] < 1e-3
         assert set(expected["verdict"]) <= set(actual["verdict"])
+
+
+@pytest.mark.parametrize("label", ["DDIMScheduler", "DDIMScheduler[v_prediction]", "FlowMatchHeunDiscreteScheduler"])
+def test_guided_gaussians_stay_gaussian(label):
+    """Between Gaussians of one width, guidance only moves the mean: to worse + s (wanted - worse), in closed form."""
+    (case,) = [case for case in cases() if case["label"] == label] or [pytest.skip("needs the test bench")]
+    scheduler, unet, _ = bench().build(case, mixture=False)
+    means = torch.tensor([[0.3, 0.3, 0.3], [0.1, 0.2, -0.3]])
+    guide_model = type(unet).from_config(unet.config, means=[means[1].tolist()])
+    pipe = ClassConditionalPipeline(unet=unet, scheduler=scheduler, guide_model=guide_model)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        guidance_scale=2.0,
+        num_inference_steps=250,
+        batch_size=2048,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+    expected = means[1] + 2.0 * (means[0] - means[1])
+    torch.testing.assert_close(images.mean(dim=(0, 2, 3)), expected, rtol=0, atol=0.02)
+    torch.testing.assert_close(images.std(dim=(0, 2, 3)), torch.full((3,), 0.25), rtol=0.05, atol=0)
 
 
 def test_every_scheduler_of_diffusers_is_in_the_bench_or_refused():

@@ -41,7 +41,6 @@ TRAJECTORIES = {
 }
 
 
-# Rows of the batch that count: the original runs a second half for the null class, whose noise it throws away.
 DIT_TRAJECTORIES = {
     "dit_traj_p": DDPMScheduler(timestep_spacing="linspace", variance_type="learned_range", clip_sample=False),
     "dit_traj_ddim": DDIMScheduler(timestep_spacing="leading", clip_sample=False),
@@ -89,7 +88,7 @@ def test_every_step_is_that_of_dit(shared, name):
     fixtures = shared / "fixtures"
     info = json.loads((fixtures / f"{name}.json").read_text())
     recorded = load_file(fixtures / f"{name}.io.safetensors")
-    count = len(recorded["y"]) // 2
+    count = len(recorded["y"]) // 2  # the other half is for the null class; of its noise nothing is seen
     labels = recorded.pop("y")[:count]
     recorded = {key: value[..., :count, :, :, :] for key, value in recorded.items()}
     transformer = load_model(fixtures, info["model"], "dit")

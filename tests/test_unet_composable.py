@@ -17,7 +17,7 @@ from diffusers_ext.models.unet_composable import (
     PRESETS,
     ComposableAttentionBlock,
     ComposableResnetBlock,
-    ConditionedNorm,
+    PreActivationResnetBlock,
     SeparableConv2d,
 )
 
@@ -116,67 +116,79 @@ def test_fractions_of_timesteps_matter(word):
 # Conditioning
 
 
-def conditioned_norm(word: str, **options) -> ConditionedNorm:
-    model = build(time_conditioning=word, **options)
-    return find(model, ConditionedNorm)[1]  # of the second level: 32 channels
+def conditioned_block(word: str, order: str = "pre", **options) -> ComposableResnetBlock:
+    return (
+        build(time_conditioning=word, resnet_order=order, **options).down_blocks[1].resnets[0].train()
+    )  # to 32 channels
 
 
-def test_add_is_a_sum_before_the_norm():
-    norm = conditioned_norm("add")
+def modulate(block: ComposableResnetBlock, hidden_states: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
+    """What follows the first convolution."""
+    return block.modulate(hidden_states, conditions, inner_norm(block))
+
+
+def inner_norm(block: ComposableResnetBlock) -> nn.Module | None:
+    return block.norm2 if isinstance(block, PreActivationResnetBlock) else block.norm1
+
+
+@pytest.mark.parametrize("order", ["pre", "post"])
+def test_add_is_a_sum_before_the_norm(order):
+    block = conditioned_block("add", order)
     hidden_states, embedding = noise(2, 32, 8, 8), noise(2, TEMB_DIM, seed=1)
-    shift = norm.before["add"].proj(embedding)
-    expected = norm.norm(hidden_states + shift[:, :, None, None])
-    torch.testing.assert_close(norm(hidden_states, {"add": embedding}), expected)
+    shift = block.conditionings["add"].proj(embedding)
+    expected = inner_norm(block)(hidden_states + shift[:, :, None, None])
+    torch.testing.assert_close(modulate(block, hidden_states, add=embedding), expected)
 
 
-def test_film_is_a_scale_and_a_shift_after_the_norm():
-    norm = conditioned_norm("film")
+@pytest.mark.parametrize("order", ["pre", "post"])
+def test_film_is_a_scale_and_a_shift_after_the_norm(order):
+    block = conditioned_block("film", order)
     hidden_states, embedding = noise(2, 32, 8, 8), noise(2, TEMB_DIM, seed=1)
-    scale, shift = norm.after["film"].proj(embedding)[:, :, None, None].split(32, dim=1)
-    expected = norm.norm(hidden_states) * (1 + scale) + shift
-    torch.testing.assert_close(norm(hidden_states, {"film": embedding}), expected)
+    scale, shift = block.conditionings["film"].proj(embedding)[:, :, None, None].split(32, dim=1)
+    expected = inner_norm(block)(hidden_states) * (1 + scale) + shift
+    torch.testing.assert_close(modulate(block, hidden_states, film=embedding), expected)
 
 
+@pytest.mark.parametrize("order", ["pre", "post"])
 @pytest.mark.parametrize("norm_type", ["group", "layer", "batch"])
-def test_adain_sets_mean_and_deviation_of_each_channel(norm_type):
-    norm = conditioned_norm("adain", norm_type=norm_type).train()
+def test_adain_sets_mean_and_deviation_of_each_channel(norm_type, order):
+    block = conditioned_block("adain", order, norm_type=norm_type)
     hidden_states, embedding = 5 + 3 * noise(2, 32, 8, 8), noise(2, TEMB_DIM, seed=1)
-    scale, mean = norm.before["adain"].proj(embedding).split(32, dim=1)
-    actual = norm(hidden_states, {"adain": embedding})
+    scale, mean = block.conditionings["adain"].proj(embedding).split(32, dim=1)
+    actual = modulate(block, hidden_states, adain=embedding)
     torch.testing.assert_close(actual.mean(dim=(2, 3)), mean, atol=1e-4, rtol=1e-4)
     deviation = actual.std(dim=(2, 3), unbiased=False)
     torch.testing.assert_close(deviation, (1 + scale).abs(), atol=1e-4, rtol=1e-4)
-    one_pixel = norm(hidden_states[:, :, :1, :1], {"adain": embedding})
+    one_pixel = modulate(block, hidden_states[:, :, :1, :1], adain=embedding)
     torch.testing.assert_close(one_pixel[:, :, 0, 0], mean)
+    assert inner_norm(block) is None
 
 
 @pytest.mark.parametrize("other", ["add", "film"])
 def test_adain_does_not_hide_the_other_embedding(other):
-    norm = conditioned_norm("adain", class_conditioning=other, num_class_embeds=3)
+    block = conditioned_block("adain", class_conditioning=other, num_class_embeds=3)
     hidden_states = noise(2, 32, 8, 8)
     conditions = {"adain": noise(2, TEMB_DIM, seed=1), other: noise(2, TEMB_DIM, seed=2)}
-    whitened = (hidden_states - hidden_states.mean(dim=(2, 3), keepdim=True)) / hidden_states.std(
-        dim=(2, 3), keepdim=True, unbiased=False
-    )
-    scale, expected = norm.before["adain"].proj(conditions["adain"])[:, :, None, None].split(32, dim=1)
-    expected = expected + whitened * (1 + scale)
-    projection = norm.after[other].proj(conditions[other])[:, :, None, None]
+    deviation, mean = torch.std_mean(hidden_states, dim=(2, 3), keepdim=True, unbiased=False)
+    scale, shift = block.conditionings["adain"].proj(conditions["adain"])[:, :, None, None].split(32, dim=1)
+    expected = (hidden_states - mean) / deviation * (1 + scale) + shift
+    projection = block.conditionings[other].proj(conditions[other])[:, :, None, None]
     if other == "add":
         expected = expected + projection
     else:
         scale, shift = projection.split(32, dim=1)
         expected = expected * (1 + scale) + shift
-    torch.testing.assert_close(norm(hidden_states, conditions), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(modulate(block, hidden_states, **conditions), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_concat_puts_constant_planes_beside_the_channels():
-    block = find(build(time_conditioning="concat"), ComposableResnetBlock)[0]
+    block = conditioned_block("concat")
     hidden_states, embedding = noise(2, 16, 8, 8), noise(2, TEMB_DIM, seed=1)
-    planes = block.concat.proj(embedding)
+    planes = block.conditionings["concat"].proj(embedding)
     assert block.conv1.in_channels == 16 + planes.shape[1]
     expected = F.conv2d(hidden_states, block.conv1.weight[:, :16], block.conv1.bias, padding=1)
     taps = block.conv1.weight[:, 16:].sum(dim=(2, 3))
-    difference = block.convolve(hidden_states, {"concat": embedding}) - expected
+    difference = block.first_half(hidden_states, {"concat": embedding}, nn.Identity()) - expected
     interior = (planes @ taps.T)[:, :, None, None].expand(-1, -1, 6, 6)
     torch.testing.assert_close(difference[:, :, 1:-1, 1:-1], interior, atol=1e-5, rtol=1e-4)
     assert differ(difference[:, :, 0], difference[:, :, 4])  # the planes end at the border
@@ -187,10 +199,7 @@ def test_film_and_concat_have_different_jacobians():
 
     def jacobian(word: str, hidden_states: torch.Tensor) -> torch.Tensor:
         block = find(build(time_conditioning=word), ComposableResnetBlock)[0]
-        if word == "concat":
-            function = lambda e: block.convolve(hidden_states, {"concat": e})  # noqa: E731
-        else:
-            function = lambda e: block.norm2(hidden_states, {"film": e})  # noqa: E731
+        function = lambda e: block.first_half(hidden_states, {word: e}, nn.Identity())  # noqa: E731
         return torch.autograd.functional.jacobian(function, noise(1, TEMB_DIM, seed=1))
 
     first, second = noise(1, 16, 4, 4), noise(1, 16, 4, 4, seed=2)
@@ -231,9 +240,8 @@ def test_time_and_class_enter_as_chosen(time, label):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.any(), name
     # Equal words share a layer, others do not.
-    modulations = {name for norm in find(model, ConditionedNorm) for name in (*norm.before, *norm.after)}
-    assert modulations == {time, label} & {"add", "film", "adain"}
-    assert bool(find(model, ComposableResnetBlock)[0].concat) == ("concat" in (time, label))
+    for block in find(model, ComposableResnetBlock):
+        assert set(block.conditionings) == {time, label} - {"cross_attention"}
     assert bool(model.condition_tokens) == ("cross_attention" in (time, label))
 
 
@@ -292,9 +300,9 @@ def test_order_of_the_activation():
         torch.testing.assert_close(block(hidden_states, conditions), start)  # its branch starts at zero
     pre, post = (find(build(resnet_order=order), ComposableResnetBlock)[0] for order in ("pre", "post"))
     branch = pre.conv1(F.silu(pre.norm1(hidden_states)))
-    branch = pre.conv2(F.silu(pre.norm2(branch, conditions)))
+    branch = pre.conv2(F.silu(modulate(pre, branch, **conditions)))
     torch.testing.assert_close(pre(hidden_states, conditions), hidden_states + branch)
-    branch = F.silu(post.norm1(post.conv1(hidden_states), conditions))
+    branch = F.silu(modulate(post, post.conv1(hidden_states), **conditions))
     branch = post.norm2(post.conv2(branch))
     torch.testing.assert_close(post(hidden_states, conditions), F.silu(hidden_states + branch))
     with torch.no_grad():  # where activations are written in place

@@ -166,14 +166,14 @@ class ASPP(nn.Module):
         self.norm = _norm(config, channels)
         self.branches = nn.ModuleList([nn.Conv2d(channels, width, 1)])
         self.branches.extend(_conv(config, channels, width, dilation=rate) for rate in _ASPP_RATES)
-        self.pool = nn.Conv2d(channels, width, 1)
+        self.pool = nn.Linear(channels, width)
         self.proj_out = _zero(nn.Conv2d((2 + len(_ASPP_RATES)) * width, channels, 1))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         residual = hidden_states
         hidden_states = F.silu(self.norm(hidden_states))
         scales = [branch(hidden_states) for branch in self.branches]
-        scales.append(self.pool(hidden_states.mean(dim=(2, 3), keepdim=True)).expand_as(scales[0]))
+        scales.append(self.pool(hidden_states.mean(dim=(2, 3)))[:, :, None, None].expand_as(scales[0]))
         return residual + self.proj_out(F.silu(torch.cat(scales, dim=1)))
 
 
@@ -249,9 +249,9 @@ _TIME_EMBEDDINGS = {
 class AddConditioning(nn.Module):
     """`norm(h + W e)`, a sum before the second norm of a residual block (Ho et al., 2020, Appendix B)."""
 
-    def __init__(self, channels: int, temb_dim: int):
+    def __init__(self, config: FrozenDict, channels: int):
         super().__init__()
-        self.proj = nn.Linear(temb_dim, channels)
+        self.proj = nn.Linear(_temb_dim(config), channels)
 
     def forward(self, hidden_states: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         return hidden_states + self.proj(embedding)[:, :, None, None]
@@ -261,9 +261,9 @@ class FiLMConditioning(nn.Module):
     """`norm(h) * (1 + scale) + shift`, [scale, shift] = W e (Perez et al., 2018, https://arxiv.org/abs/1709.07871,
     Eq. 2)."""
 
-    def __init__(self, channels: int, temb_dim: int):
+    def __init__(self, config: FrozenDict, channels: int):
         super().__init__()
-        self.proj = nn.Linear(temb_dim, 2 * channels)
+        self.proj = nn.Linear(_temb_dim(config), 2 * channels)
 
     def forward(self, hidden_states: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         scale, shift = self.proj(embedding)[:, :, None, None].chunk(2, dim=1)
@@ -277,9 +277,9 @@ class AdaINConditioning(FiLMConditioning):
     W e. A negative sigma mirrors the channel.
     """
 
-    def __init__(self, channels: int, temb_dim: int, eps: float):
-        super().__init__(channels, temb_dim)
-        self.eps = eps
+    def __init__(self, config: FrozenDict, channels: int):
+        super().__init__(config, channels)
+        self.eps = config.norm_eps
 
     def forward(self, hidden_states: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         # Unlike `F.instance_norm`, this also takes feature maps of one pixel.
@@ -291,11 +291,12 @@ class ConcatConditioning(nn.Module):
     """`conv([h, W e])`: constant planes beside the channels that a residual block's first convolution reads (Mirza and
     Osindero, 2014, https://arxiv.org/abs/1411.1784; Reed et al., 2016, https://arxiv.org/abs/1605.05396, Sec. 4.1)."""
 
-    def __init__(self, temb_dim: int):
+    def __init__(self, config: FrozenDict, channels: int):
         super().__init__()
-        self.proj = nn.Linear(temb_dim, _CONCAT_CHANNELS)
+        self.proj = nn.Linear(_temb_dim(config), _CONCAT_CHANNELS)
 
     def forward(self, hidden_states: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, C + planes, H, W)."""
         batch, _, height, width = hidden_states.shape
         planes = self.proj(embedding)[:, :, None, None].expand(batch, -1, height, width)
         return torch.cat([hidden_states, planes], dim=1)
@@ -305,64 +306,61 @@ class TokenConditioning(nn.Module):
     """`attention(q = h, k = v = W e)`: a few tokens made from e, read by the cross-attention of the blocks that have
     attention (Vaswani et al., 2017, Sec. 3.2.3; Rombach et al., 2022, https://arxiv.org/abs/2112.10752, Sec. 3.3)."""
 
-    def __init__(self, temb_dim: int, context_dim: int):
+    def __init__(self, config: FrozenDict):
         super().__init__()
-        self.proj = nn.Linear(temb_dim, _CONDITION_TOKENS * context_dim)
+        self.proj = nn.Linear(_temb_dim(config), _CONDITION_TOKENS * _context_dim(config))
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
         """(B or 1, E) -> (B or 1, tokens, D)."""
         return self.proj(embedding).unflatten(1, (_CONDITION_TOKENS, -1))
 
 
-_CONDITIONINGS = ("add", "film", "adain", "concat", "cross_attention")
-
-
-class ConditionedNorm(nn.Module):
-    """A norm and what of `add`, `film` and `adain` time and class do to it; two that share a word share its layer."""
-
-    def __init__(self, config: FrozenDict, channels: int):
-        super().__init__()
-        words, temb_dim = _words(config), _temb_dim(config)
-        add = {"add": AddConditioning(channels, temb_dim)} if "add" in words else {}
-        film = {"film": FiLMConditioning(channels, temb_dim)} if "film" in words else {}
-        if "adain" in words:
-            # It takes the norm's place, and anything added before it would be lost.
-            adain = {"adain": AdaINConditioning(channels, temb_dim, config.norm_eps)}
-            self.before, self.norm, self.after = nn.ModuleDict(adain), None, nn.ModuleDict(film | add)
-        else:
-            self.before, self.norm, self.after = nn.ModuleDict(add), _norm(config, channels), nn.ModuleDict(film)
-
-    def forward(self, hidden_states: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        for word, conditioning in self.before.items():
-            hidden_states = conditioning(hidden_states, conditions[word])
-        if self.norm is not None:
-            hidden_states = self.norm(hidden_states)
-        for word, conditioning in self.after.items():
-            hidden_states = conditioning(hidden_states, conditions[word])
-        return hidden_states
+_CONDITIONINGS = {
+    "add": AddConditioning,
+    "film": FiLMConditioning,
+    "adain": AdaINConditioning,
+    "concat": ConcatConditioning,
+    "cross_attention": TokenConditioning,  # the only one outside residual blocks
+}
 
 
 # Residual blocks
 
 
 class ComposableResnetBlock(nn.Module):
-    """What both orders of a residual block share; time and class enter between its two convolutions."""
+    """What both orders of a residual block share. Time and class enter around the norm between its convolutions, or
+    with the input of the first; if both enter in the same way, they share one layer."""
 
     def __init__(self, config: FrozenDict, in_channels: int, out_channels: int, dilation: int):
         super().__init__()
-        has_concat = "concat" in _words(config)
-        self.concat = ConcatConditioning(_temb_dim(config)) if has_concat else None
-        self.conv1 = _conv(config, in_channels + has_concat * _CONCAT_CHANNELS, out_channels, dilation)
+        words = [word for word in _words(config) if word != "cross_attention"]
+        # AdaIN takes the norm's place, and anything added before it would be lost.
+        order = ("adain", "film", "add") if "adain" in words else ("add", "norm", "film")
+        self.modulations = [word for word in order if word in (*words, "norm")]
+        self.conditionings = nn.ModuleDict({word: _CONDITIONINGS[word](config, out_channels) for word in words})
+        extra_channels = _CONCAT_CHANNELS if "concat" in words else 0
+        self.conv1 = _conv(config, in_channels + extra_channels, out_channels, dilation)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = _conv(config, out_channels, out_channels, dilation)
         self.channel_attention = ChannelAttention(out_channels) if config.channel_attention else nn.Identity()
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def convolve(self, hidden_states: torch.Tensor, conditions: Conditions) -> torch.Tensor:
-        """The first convolution, with what `concat` puts beside its input."""
-        if self.concat is not None:
-            hidden_states = self.concat(hidden_states, conditions["concat"])
-        return self.conv1(hidden_states)
+    def first_half(self, hidden_states: torch.Tensor, conditions: Conditions, norm: nn.Module | None) -> torch.Tensor:
+        """The first convolution, then `norm` and all that time and class do to it."""
+        if "concat" in self.conditionings:
+            hidden_states = self.conditionings["concat"](hidden_states, conditions["concat"])
+        return self.modulate(self.conv1(hidden_states), conditions, norm)
+
+    def modulate(self, hidden_states: torch.Tensor, conditions: Conditions, norm: nn.Module | None) -> torch.Tensor:
+        for word in self.modulations:
+            if word == "norm":
+                hidden_states = norm(hidden_states)
+            else:
+                hidden_states = self.conditionings[word](hidden_states, conditions[word])
+        return hidden_states
+
+    def shortcut(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states if self.conv_shortcut is None else self.conv_shortcut(hidden_states)
 
 
 class PreActivationResnetBlock(ComposableResnetBlock):
@@ -372,15 +370,15 @@ class PreActivationResnetBlock(ComposableResnetBlock):
     def __init__(self, config: FrozenDict, in_channels: int, out_channels: int, dilation: int):
         super().__init__(config, in_channels, out_channels, dilation)
         self.norm1 = _norm(config, in_channels)
-        self.norm2 = ConditionedNorm(config, out_channels)
+        self.norm2 = _norm(config, out_channels) if "norm" in self.modulations else None
         _zero(self.conv2)
 
     def forward(self, hidden_states: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
-        residual = self.conv_shortcut(hidden_states)
-        hidden_states = self.convolve(_silu(self.norm1(hidden_states)), conditions)
-        hidden_states = _silu(self.norm2(hidden_states, conditions))
-        return residual + self.channel_attention(self.conv2(self.dropout(hidden_states)))
+        residual = self.shortcut(hidden_states)
+        hidden_states = self.first_half(_silu(self.norm1(hidden_states)), conditions, self.norm2)
+        hidden_states = self.conv2(self.dropout(_silu(hidden_states)))
+        return residual + self.channel_attention(hidden_states)
 
 
 class PostActivationResnetBlock(ComposableResnetBlock):
@@ -390,13 +388,13 @@ class PostActivationResnetBlock(ComposableResnetBlock):
 
     def __init__(self, config: FrozenDict, in_channels: int, out_channels: int, dilation: int):
         super().__init__(config, in_channels, out_channels, dilation)
-        self.norm1 = ConditionedNorm(config, out_channels)
+        self.norm1 = _norm(config, out_channels) if "norm" in self.modulations else None
         self.norm2 = _zero(_norm(config, out_channels))
 
     def forward(self, hidden_states: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
-        residual = self.conv_shortcut(hidden_states)
-        hidden_states = _silu(self.norm1(self.convolve(hidden_states, conditions), conditions))
+        residual = self.shortcut(hidden_states)
+        hidden_states = _silu(self.first_half(hidden_states, conditions, self.norm1))
         hidden_states = self.norm2(self.conv2(self.dropout(hidden_states)))
         return _silu(residual + self.channel_attention(hidden_states))
 
@@ -780,7 +778,7 @@ class ComposableUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
             self.class_embedding = nn.Embedding(num_class_embeds + null_class, temb_dim)
         self.condition_tokens = None
         if "cross_attention" in _words(config):
-            self.condition_tokens = TokenConditioning(temb_dim, context_dim)
+            self.condition_tokens = TokenConditioning(config)
         if cross_attention_dim is not None:
             self.null_context = nn.Parameter(torch.randn(1, 1, context_dim) / context_dim**0.5)
 
