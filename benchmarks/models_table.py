@@ -24,7 +24,10 @@ def backbones() -> str:
     for name in (*PRESETS, *presets):
         (source,) = find_sources(name)
         key = source.model_class.__name__
-        (sizes if name in PRESETS else checkpoints).setdefault(key, []).append(name)
+        if name in PRESETS:
+            sizes.setdefault(key, []).append(name)
+        elif presets[name].url is not None:
+            checkpoints.setdefault(key, []).append(name)
         counts.setdefault(key, []).append(build(source).num_parameters())
     lines = ["| class | what it is | named sizes | released checkpoints | parameters |", "|---|---|---|---|---|"]
     for name in diffusers_ext.__all__:
@@ -44,7 +47,7 @@ def trained_models() -> str:
     """One row per folder of `model_cards/`: its networks, and the evaluation that its card states."""
     lines = ["| model | networks | parameters | size | evaluation |", "|---|---|---|---|---|"]
     for folder in sorted(path.parent for path in (ROOT / "model_cards").glob("*/model_index.json")):
-        networks = [AutoModel.from_pretrained(folder / name) for name in NETWORKS if (folder / name).is_dir()]
+        networks = [AutoModel.from_pretrained(str(folder / name)) for name in NETWORKS if (folder / name).is_dir()]
         size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
         results = ModelCard.load(folder / "README.md").data.eval_results or []
         evaluation = ", ".join(f"{result.metric_name}: {result.metric_value:g}" for result in results)

@@ -44,11 +44,11 @@ _CONSISTENCY = (
     "`DPMSolverMultistepScheduler` with 20 steps",
 )
 _INVERSION = ("it runs from images to noise", "`DDIMScheduler` or `DPMSolverMultistepScheduler`")
-_DISCRETE = ("it samples discrete tokens, which have no gradient", "a scheduler for continuous images")
+_DISCRETE = ("it samples discrete tokens, not continuous images", "a scheduler for continuous images")
 _DISTILLED = ("it needs the distilled network it was made for", "`FlowMatchEulerDiscreteScheduler`")
 _OWN_LOOP = "it corrects its steps in a loop of its own"
 
-# Schedulers that cannot sample from a denoising network with classifier guidance: the reason, and what to use.
+# Schedulers that cannot sample from a denoising network, with guidance or without: the reason, and what to use.
 REFUSED_SCHEDULERS: dict[str, tuple[str, str]] = {
     "AmusedScheduler": _DISCRETE,
     "BlockRefinementScheduler": _DISCRETE,
@@ -107,9 +107,9 @@ def check_scheduler(
     if hasattr(scheduler, "precondition_outputs") and sigma_data != config.sigma_data:
         raise ValueError(
             f"`scheduler` {name} needs a network with EDM's preconditioning (Karras et al., 2022, Table 1) and "
-            f"sigma_data {config.sigma_data}; the config of this `unet` has `sigma_data` {sigma_data}. Use "
+            f"sigma_data {config.sigma_data}; the config of this one has `sigma_data` {sigma_data}. Use "
             "`EulerDiscreteScheduler` for networks that predict epsilon or v, or, if the network was trained so, "
-            f"declare it with `unet.register_to_config(sigma_data={config.sigma_data})`."
+            f"declare it with `register_to_config(sigma_data={config.sigma_data})` of the network."
         )
     if is_a(scheduler, *FLOW_SCHEDULERS) and config.get("prediction_type", "flow_prediction") != "flow_prediction":
         raise ValueError(

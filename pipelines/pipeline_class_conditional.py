@@ -199,7 +199,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
             batch_size = max(map(len, per_image), default=1)
         self._guidance_scale = self._default_guidance_scale(class_ids) if guidance_scale is None else guidance_scale
         self._interrupt = False
-        self.check_inputs(class_ids, guidance_scale, guided_channels, sample, height, width)
         check_arguments(
             self.scheduler,
             guidance_scale=self._guidance_scale,
@@ -215,6 +214,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             callback_tensor_inputs=self._callback_tensor_inputs,
         )
+        self.check_inputs(class_ids, guidance_scale, guided_channels, sample, height, width)
 
         # 2. Prepare labels, timesteps and noise
         device = self._execution_device

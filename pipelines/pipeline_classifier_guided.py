@@ -182,7 +182,6 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             batch_size = max(map(len, per_image), default=1)
         self._guidance_scale = self._default_guidance_scale if guidance_scale is None else guidance_scale
         self._interrupt = False
-        self.check_inputs(class_ids, guidance_mode, low_res, batch_size)
         check_arguments(
             self.scheduler,
             guidance_scale=self._guidance_scale,
@@ -198,6 +197,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             callback_tensor_inputs=self._callback_tensor_inputs,
         )
+        self.check_inputs(class_ids, guidance_mode, low_res, batch_size)
 
         # 2. Prepare labels, timesteps and noise
         device = self._execution_device

@@ -49,7 +49,7 @@ class Family(NamedTuple):
     model_class: type[ModelMixin]
     tiny: dict[str, Any]
     blocks: tuple[type[nn.Module], ...]  # what gradient checkpointing computes anew
-    layers: list[str]  # what LoRA may change besides attention
+    layers: list[str]  # what else than attention LoRA may change
     output_class: type[BaseOutput] = UNet2DOutput
 
 
@@ -96,6 +96,12 @@ class Case(NamedTuple):
     def factor(self) -> int:
         """What must divide height and width."""
         return self.config.get("patch_size") or 2 ** (len(self.config.get("block_out_channels", "1")) - 1)
+
+    @property
+    def layers(self) -> list[str]:
+        """What LoRA may change besides attention; peft knows no depthwise convolutions of just any width."""
+        separable = self.config.get("conv_type") == "separable"
+        return ["conv_in", "pointwise", "conv_shortcut"] if separable else self.family.layers
 
     def build(self, **options) -> ModelMixin:
         """A model in evaluation mode of which no layer is silent; the same at every call."""
@@ -221,7 +227,7 @@ denoisers = cases(*(name for name in CASES if "classifier" not in name))
 with_attention = cases(*(name for name in CASES if "dilated" not in name))
 with_dropout = cases(*(name for name in CASES if "dropout" in CASES[name].config))
 with_classes = cases(*(name for name in CASES if "num_class_embeds" in CASES[name].config))
-without_classes = cases(*(name for name in CASES if "num_class_embeds" not in CASES[name].config))
+unconditional = cases(*(name for name in CASES if not {"num_class_embeds", "num_classes"} & CASES[name].config.keys()))
 one_per_family = cases("adm", "adm-classifier", "ddpm", "dilated", "composable", "dit")
 
 
@@ -376,10 +382,8 @@ def test_wrong_labels_are_named(case):
         model(**inputs | {"class_labels": torch.tensor([1, 2, 3])})
 
 
-@without_classes
+@unconditional
 def test_labels_are_no_input_of_an_unconditional_model(case):
-    if case.family is ADM_CLASSIFIER:
-        return  # has no such argument
     with pytest.raises(ValueError, match="`class_labels` were given to an unconditional"):
         case.build()(**case.inputs(), class_labels=torch.tensor([1, 2]))
 
@@ -585,25 +589,14 @@ def test_fused_projections_change_nothing(case):
     assert torch.equal(predict(model, inputs), expected)
 
 
-def adapted(targets: str, *names: str) -> list:
-    """Cases of these names, with the layers of which a LoRA changes the output."""
-    return [
-        pytest.param(
-            CASES[name],
-            ATTENTION_LAYERS if targets == "attention" else CASES[name].family.layers,
-            id=f"{name}-{targets}",
-        )
-        for name in names
-    ]
-
-
 @pytest.mark.parametrize(
     "case, targets",
     [
-        *adapted("attention", *(name for name in CASES if "dilated" not in name)),
-        # peft has no LoRA of convolutions with fewer groups than their rank can be divided into.
-        *adapted("others", *(name for name in CASES if "separable" not in CASES[name].config.values())),
-    ],
+        pytest.param(case, ATTENTION_LAYERS, id=f"{name}-attention")
+        for name, case in CASES.items()
+        if "dilated" not in name
+    ]
+    + [pytest.param(case, case.layers, id=f"{name}-other layers") for name, case in CASES.items()],
 )
 def test_lora(case, targets, tmp_path):
     model, inputs = case.build(), case.inputs()

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -216,6 +217,16 @@ def test_custom_pipeline_file_shows_one_pipeline(root, tmp_path):
     file = str(root / "pipelines" / "pipeline_class_conditional.py")
     loaded = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=file, trust_remote_code=True)
     assert type(loaded).__name__ == "ClassConditionalPipeline"
+
+
+def test_pipeline_files_import_little(root):
+    """What an exported repository can carry inside one file."""
+    for file in (root / "pipelines").glob("pipeline_*.py"):
+        imported = set(re.findall(r"^(?:from|import) (\S+)", file.read_text(), flags=re.MULTILINE))
+        ours = {module for module in imported if module.startswith("diffusers_ext")}
+        assert ours <= {"diffusers_ext.guidance", "diffusers_ext.sampling"}
+        others = {module.partition(".")[0] for module in imported - ours}
+        assert others <= {"torch", "diffusers", *sys.stdlib_module_names}
 
 
 def test_tuple_equals_output():
@@ -456,15 +467,12 @@ def test_layers_are_skipped_without_a_null_class(guider):
 
 
 def test_dit_in_latents_is_that_of_diffusers():
-    config = {
-        "in_channels": 4,
-        "out_channels": 8,
-        "num_embeds_ada_norm": 1000,
-    }  # the null label is in its code
-    transformer, vae = backbone("DiTTransformer2DModel", **config), tiny_vae(latent_channels=4)
-    theirs = DiTPipeline(transformer, vae, DDIMScheduler())
+    # A thousand classes, as their null label is written in the code; no clipping, after which they keep the old noise.
+    transformer = backbone("DiTTransformer2DModel", in_channels=4, out_channels=8, num_embeds_ada_norm=1000)
+    scheduler, vae = DDIMScheduler(clip_sample=False), tiny_vae(latent_channels=4)
+    theirs = DiTPipeline(transformer, vae, scheduler)
     theirs.set_progress_bar_config(disable=True)
-    ours = tiny_pipe(transformer, DDIMScheduler(), vae=vae)
+    ours = tiny_pipe(transformer, scheduler, vae=vae)
     arguments = {"class_labels": [207, 360], "num_inference_steps": 4, "output_type": "np"}
     for scale in (None, 1.0, 2.5):
         scales = {} if scale is None else {"guidance_scale": scale}
@@ -490,6 +498,8 @@ def test_height_and_width():
     assert draw(pipe, height=16, width=24, output_type="latent").shape == (1, 3, 8, 12)
     unsized = tiny_pipe(backbone("UNet2DModel", sample_size=None), null_class_label=4)
     assert draw(unsized, height=8, width=8).shape == (1, 8, 8, 3)
+    with pytest.raises(ValueError, match="`unet` was made for no size"):
+        draw(unsized)
 
 
 # Errors, before any network runs
@@ -521,7 +531,6 @@ BAD_ARGUMENTS = [
     ({}, {"height": 8, "width": 16, "sample": torch.zeros(1, 3, 8, 8)}, "`sample` has 8x8 pixels, but .* 8x16"),
     ({}, {"height": 15, "width": 16, "vae": {}}, "multiples of 2"),
     ({}, {"vae": {"latent_channels": 4}}, "`vae` decodes 4 channels, but `unet` draws 3"),
-    ({"sample_size": None}, {}, "`unet` was made for no size"),
     ({"out_channels": 4}, {}, "4 output channels"),
     ({}, {"scheduler": DDPMScheduler(variance_type="learned_range")}, "would need 6 for a learned variance"),
     ({}, {"scheduler": diffusers.LCMScheduler()}, "LCMScheduler cannot sample from a denoising network: its networks"),

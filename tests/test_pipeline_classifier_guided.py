@@ -15,11 +15,13 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     HeunDiscreteScheduler,
     UNet2DModel,
 )
 
+from diffusers_ext.models.transformer_dit_gqa import GQADiTTransformer2DModel
 from diffusers_ext.models.unet_adm import ADMClassifierModel, ADMUNet2DModel
 from diffusers_ext.pipelines import ClassifierGuidedPipeline
 
@@ -343,6 +345,22 @@ def test_class_conditional_unet_gets_the_labels():
     assert not np.array_equal(draw(pipe, class_labels=0), draw(pipe, class_labels=3))
     pipe.classifier = tiny_classifier()
     assert not np.array_equal(draw(pipe, guidance_scale=0), draw(pipe, guidance_scale=2.0))
+
+
+@pytest.mark.parametrize("model_class", [GQADiTTransformer2DModel, DiTTransformer2DModel])
+def test_transformers_in_place_of_the_unet(model_class):
+    layers = {"patch_size": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16}
+    if model_class is DiTTransformer2DModel:  # its null class is not in its config
+        classes = {"num_embeds_ada_norm": 4}
+    else:
+        classes = {"num_class_embeds": 4, "null_class": True}
+    unet = randomised(model_class(sample_size=8, in_channels=3, out_channels=6, **layers, **classes))
+    pipe = tiny_pipe(unet, DPMSolverMultistepScheduler())
+    unguided = draw(pipe, class_labels=None)
+    with CountCalls(pipe.classifier) as counter:
+        conditional = draw(pipe, guidance_scale=0)
+    assert counter.calls == [0] and not np.array_equal(conditional, unguided)
+    assert not np.array_equal(draw(pipe), conditional)
 
 
 def test_super_resolution():
