@@ -1,10 +1,10 @@
-"""The `diffusers-ext` command: `train unet`, `train classifier`, `convert`."""
+"""The `diffusers-ext` command: `train unet`, `train classifier`, `convert`, `inspect`."""
 
 import argparse
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -38,6 +38,29 @@ class Convert:
     """replace the folder if it is not empty"""
 
 
+@dataclass(frozen=True)
+class Inspect:
+    """Show the anatomy of networks: shapes, parameters, FLOPs, memory, attention and receptive field of each block."""
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """presets (256x256_diffusion_uncond, composable/film), folders of models or pipelines, Hub ids (org/repo or
+    org/repo/unet); A+B shows two networks as one, such as 256x256_diffusion_uncond+256x256_classifier"""
+    size: int | None = None
+    """height and width of the images in pixels; by default that of the config"""
+    format: Literal["table", "json", "svg", "html"] | None = None
+    """by default that of --output's suffix, else table"""
+    output: Path | None = None
+    """file to write instead of printing"""
+    titles: tuple[str, ...] = ()
+    """headings, one for each model; by default the names"""
+    batch_size: int = 1
+    """number of images"""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """of weights and images; by default that of the weights in a folder, else float32"""
+    effective: Literal["auto", "always", "never"] = "auto"
+    """whether to measure the effective receptive field, which needs weights: auto where it takes seconds"""
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command.
 
@@ -50,6 +73,15 @@ def main(args: list[str] | None = None) -> None:
         from diffusers_ext.conversion.convert import convert_checkpoint
 
         convert_checkpoint(**asdict(command))
+    elif isinstance(command, Inspect):
+        from diffusers_ext.inspection import inspect_models
+
+        try:
+            text = inspect_models(**asdict(command))
+        except ValueError as error:
+            sys.exit(f"diffusers-ext inspect: {error}")
+        if command.output is None:
+            print(text, end="")
     elif command.dry_run:
         for name, value in asdict(command).items():
             print(f"{name}: {value}")
@@ -72,7 +104,8 @@ def _commands(args: list[str]) -> type:
     )
     train = tyro.conf.subcommand("train", description="Train a component of a pipeline.")
     convert = tyro.conf.subcommand("convert")
-    return Annotated[tasks, train] | Annotated[Convert, convert]
+    inspect = tyro.conf.subcommand("inspect")
+    return Annotated[tasks, train] | Annotated[Convert, convert] | Annotated[Inspect, inspect]
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ contents, so that a network of any size is inspected in seconds:
 |---|---|
 | shapes, channels, resolution | outputs of modules, by forward hooks |
 | attention | calls of `scaled_dot_product_attention`, with the shapes that they get |
-| FLOPs | `torch.utils.flop_counter` in inference: matrix products, convolutions and attention, a multiply-add counts 2 |
-| activation memory | tensors that autograd saves for the backward pass, once each, in the block that saves them first |
+| FLOPs | `torch.utils.flop_counter`: matrix products, convolutions and attention; a multiply-add counts 2 |
+| activation memory | tensors that autograd saves for the backward pass, in the block that saves them first |
 | peak memory | live storages of all tensors, operation by operation; see [`Memory`] |
 | receptive field | `diffusers_ext.receptive_field` |
 
@@ -59,8 +59,9 @@ Size = tuple[int, int]
 BLOCK_LISTS = ("down_blocks", "up_blocks", "transformer_blocks", "single_transformer_blocks", "blocks", "layers")
 TEXT_TOKENS = 77  # length of the text that stands for `encoder_hidden_states`
 TIMESTEP = 500  # the middle of the usual thousand; noise level of the effective receptive field
-# Without being asked, the effective receptive field is measured where that takes seconds.
-EFFECTIVE_PARAMETERS, EFFECTIVE_FLOPS, EFFECTIVE_SAMPLES = 50e6, 15e9, 8
+MAX_SIZE = 4096  # pixels; the receptive field takes time and memory in proportion
+# Without being asked, the effective receptive field is measured where that takes seconds, on as many images.
+EFFECTIVE_PARAMETERS, EFFECTIVE_FLOPS, EFFECTIVE_SAMPLES = 80e6, 10e9, 8
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,12 @@ class Block:
         module: name of its class.
         output_shape: of its output, batch first; None if it did not run.
         channels: of its output.
-        resolution: height and width at which its layers work, before it changes them for its output; None if it has none.
+        resolution: height and width at which its layers work, before it changes them; None if it has none.
         attention: its attention layers.
         parameters: number of its parameters.
         flops: of a forward pass; a multiply-add counts 2.
         activation_bytes: what autograd keeps of it for the backward pass.
-        receptive_field: height and width in input pixels of what the middle of its output depends on, inside the image.
+        receptive_field: height and width in pixels of the part of the image that the middle of its output sees.
     """
 
     name: str
@@ -148,8 +149,8 @@ class ReceptiveField:
         inside: height and width of it inside the image.
         exact: False where the network cannot run on larger images, which would have shown what lies beyond.
         unknown_operations: operations that were taken to mix everything, since nothing is known of them.
-        effective: size in pixels of the effective one (Luo et al., 2016): square root of the number of pixels with more
-            than 4.55% of the largest gradient; None if it was not measured.
+        effective: size in pixels of the effective one (Luo et al., 2016): square root of the number of pixels with
+            more than 4.55% of the largest gradient; None if it was not measured.
         effective_of: which weights it was measured on, or why it was not.
     """
 
@@ -257,8 +258,8 @@ def inspect_models(
 
     Args:
         models: each a preset (a released checkpoint such as `256x256_diffusion_uncond`, or a named size such as
-            `composable/film`), a folder of a model or a pipeline, or a Hub id (`org/repo` or `org/repo/unet`), of which
-            only the config is fetched; `A+B` shows two networks as one column.
+            `composable/film`), a folder of a model or a pipeline, or a Hub id (`org/repo` or `org/repo/unet`), of
+            which only the config is fetched; `A+B` shows two networks as one column.
         size: height and width of the images in pixels; by default that of the config.
         batch_size: number of images.
         dtype: of weights and images: "float32", "float16" or "bfloat16". By default that of the weights in the folder,
@@ -295,6 +296,8 @@ def inspect_models(
     for name, value in (("size", size), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+    if size is not None and size > MAX_SIZE:
+        raise ValueError(f"`size` is {size}; it must be at most {MAX_SIZE}.")
     anatomies = []
     for index, model in enumerate(models):
         sources = find_sources(model)
@@ -353,12 +356,12 @@ def _parts(model: str) -> list[str]:
 
 
 def _preset_source(name: str) -> Source:
-    from diffusers_ext.conversion.original import _empty_model, complete_flags, presets
+    from diffusers_ext.conversion.original import empty_model, complete_flags, presets
 
     known = named_sources()[name]
     if known is None:
         architecture = presets[name].architecture
-        model = _empty_model(architecture, complete_flags(architecture, name, None))
+        model = empty_model(architecture, complete_flags(architecture, name, None))
         return Source(name, type(model), {key: model.config[key] for key in model.config if key[0] != "_"})
     return Source(name, *known)
 
@@ -373,7 +376,9 @@ def _folder_sources(folder: Path, name: str) -> list[Source]:
         return [replace(source, folder=folder / part) for source, part in zip(sources, parts)]
     if (folder / "config.json").is_file():
         return [replace(_config_source(name, _read_json(folder / "config.json")), folder=folder)]
-    raise ValueError(f"`models` has {name!r}, which holds neither a model (config.json) nor a pipeline (model_index.json).")
+    raise ValueError(
+        f"`models` has {name!r}, which holds neither a model (config.json) nor a pipeline (model_index.json)."
+    )
 
 
 def _is_network(entry: Any) -> bool:
@@ -417,7 +422,9 @@ def _hub_sources(name: str) -> list[Source]:
         parts = [part for part in index if _is_network(index[part])]
         if not parts:
             raise ValueError(f"`models` has {name!r}, a pipeline without networks of diffusers.")
-        return [_config_source(f"{name}/{part}", _fetch_json(repository, f"{part}/config.json") or {}) for part in parts]
+        return [
+            _config_source(f"{name}/{part}", _fetch_json(repository, f"{part}/config.json") or {}) for part in parts
+        ]
     config = _fetch_json(repository, f"{subfolder}/config.json" if subfolder else "config.json")
     if config is None:
         raise ValueError(
@@ -521,6 +528,8 @@ def example_inputs(
     config, device = model.config, model.device
     parameters = inspect.signature(model.forward).parameters
     height, width = (size, size) if size else _default_size(config)
+    if max(height, width) > MAX_SIZE:
+        raise ValueError(f"`size`: the config says {height}x{width}, more than {MAX_SIZE}; give a smaller one.")
     zeros = functools.partial(torch.zeros, device=device, dtype=dtype)
     channels = config.get("in_channels", 3) - (config.get("low_res_channels") or 0)
     # Transformers with positions as an argument take latents whose 2x2 pixels have become the channels of a token.
@@ -584,7 +593,9 @@ _CLASS_WORDS = ("num_class_embeds", "num_embeds_ada_norm")
 
 
 def _default_size(config) -> Size:
-    size = next((config[word] for word in ("sample_size", "default_sample_size", "image_size") if config.get(word)), 64)
+    size = next(
+        (config[word] for word in ("sample_size", "default_sample_size", "image_size") if config.get(word)), 64
+    )
     return (size, size) if isinstance(size, int) else tuple(size)[-2:]
 
 
@@ -594,7 +605,9 @@ def _added_conditions(config, batch_size: int, zeros) -> dict[str, Any] | None:
         text = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
         return {"text_embeds": zeros(batch_size, text), "time_ids": zeros(batch_size, ids)}
     if "use_additional_conditions" in config:  # PixArt
-        if config.use_additional_conditions or (config.use_additional_conditions is None and config.sample_size == 128):
+        if config.use_additional_conditions or (
+            config.use_additional_conditions is None and config.sample_size == 128
+        ):
             return {"resolution": zeros(batch_size, 2), "aspect_ratio": zeros(batch_size, 1)}
         return {"resolution": None, "aspect_ratio": None}
     return None
@@ -855,6 +868,9 @@ def _inspect(model: ModelMixin, name: str, arguments: dict[str, Any], image: tor
     called = _attention_layers(model, trace, attention.calls, grid)
     blocks = []
     first_body = next((i for i, block in enumerate(order) if _list_of(block)), len(order))
+    downs = [i for i, block in enumerate(order) if _list_of(block) == "down_blocks"]
+    ups = [i for i, block in enumerate(order) if _list_of(block) == "up_blocks"]
+    between = range(downs[-1], ups[0]) if downs and ups else range(0)
     for index, block in enumerate(order):
         shape = trace.outputs.get(block)
         if not (numel[block] or flops[block] or called.get(block)):
@@ -863,7 +879,7 @@ def _inspect(model: ModelMixin, name: str, arguments: dict[str, Any], image: tor
         blocks.append(
             Block(
                 name=block,
-                kind=_kind(block, shape, index < first_body),
+                kind=_kind(block, shape, index < first_body, index in between),
                 module=type(modules[block]).__name__,
                 output_shape=None if shape is None else tuple(shape),
                 channels=None if shape is None else shape[1] if len(shape) == 4 else shape[-1],
@@ -1013,10 +1029,7 @@ def _receptive_field(
 
 def _touches(rectangle: Rectangle, grid: Size) -> bool:
     return (
-        rectangle.top == 0
-        or rectangle.left == 0
-        or rectangle.bottom == grid[0] - 1
-        or rectangle.right == grid[1] - 1
+        rectangle.top == 0 or rectangle.left == 0 or rectangle.bottom == grid[0] - 1 or rectangle.right == grid[1] - 1
     )
 
 
@@ -1031,11 +1044,8 @@ def _footprints(
         if output is None:
             return
         if "Norm" in type(module).__name__:
-            source = next(
-                (x for x in tree_leaves(given) if isinstance(x, torch.Tensor) and x.shape == output.shape), None
-            )
-            if source is not None and flow.depends(source):
-                flow.take_positions(output, source)
+            leaves = [leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+            flow.take_positions(output, [leaf for leaf in leaves if leaf.shape == output.shape])
         if name in chosen:
             rectangle = flow.centre(output, _resolution(output.shape, grid))
             if rectangle is not None:
@@ -1053,16 +1063,14 @@ def _list_of(block: str) -> str | None:
     return next((word for word in block.split(".") if word in BLOCK_LISTS or word == "mid_block"), None)
 
 
-def _kind(block: str, shape: torch.Size | None, is_before: bool) -> str:
-    words = block.split(".")
-    if len(words) > 1 and words[0] in ("encoder", "decoder") and _list_of(block) is None:
-        is_before = words[-1] == "conv_in"
+def _kind(block: str, shape: torch.Size | None, is_before: bool, is_between: bool) -> str:
+    """Kind of a block that runs before all blocks in lists, or between those on the way down and those on the way up."""
     found = _list_of(block)
     if found is not None:
         return {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}.get(found, "block")
     if shape is not None and len(shape) == 2 and is_before or re.search(r"time|temb|label|class_emb", block):
         return "embedding"
-    return "in" if is_before else "out"
+    return "mid" if is_between else "in" if is_before else "out"
 
 
 def _working_shape(block: str, outputs: dict[str, torch.Size]) -> torch.Size | None:
@@ -1105,9 +1113,7 @@ def _attention_layers(
         kind = "pool" if queries == 1 and keys > 1 else "cross" if is_cross or declared is True else "self"
         resolution = _token_grid(queries, grid) if queries > 1 else None
         resolution = resolution or (_token_grid(keys, grid) or _token_grid(keys - 1, grid) if kind == "pool" else None)
-        layers.setdefault(block, []).append(
-            Attention(int(query[1]), int(query[3]), queries, keys, kind, resolution)
-        )
+        layers.setdefault(block, []).append(Attention(int(query[1]), int(query[3]), queries, keys, kind, resolution))
     for name, module in modules.items():
         heads = next((h for word in ("heads", "num_heads") if isinstance(h := getattr(module, word, None), int)), None)
         is_attention = heads and "attention" in type(module).__name__.lower()
@@ -1178,11 +1184,14 @@ def _measure_effective(source: Source, network: Network, grid: Size, effective: 
     if len(network.input_shape) != 4:
         return {"effective_of": "not measured: its input is no image"}
     if effective == "auto" and (network.parameters > EFFECTIVE_PARAMETERS or network.flops > EFFECTIVE_FLOPS):
-        return {"effective_of": "not measured: a large network (`effective` \"always\" does it)"}
+        return {"effective_of": 'not measured: a large network (`effective` "always" does it)'}
     generator = torch.Generator().manual_seed(0)
-    weights = "the weights of the folder"
+    weights = "weights of the folder"
     if source.folder is not None and any(source.folder.glob("*.safetensors")):
-        model = source.model_class.from_pretrained(source.folder, use_safetensors=True)
+        try:
+            model = source.model_class.from_pretrained(source.folder, use_safetensors=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            return {"effective_of": f"not measured: the weights do not load ({str(error).splitlines()[0][:120]})"}
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -1193,14 +1202,18 @@ def _measure_effective(source: Source, network: Network, grid: Size, effective: 
     if network.parameters > EFFECTIVE_PARAMETERS and getattr(model, "_supports_gradient_checkpointing", False):
         model.enable_gradient_checkpointing()
     arguments, image, _ = example_inputs(model, grid[0])
-    samples = EFFECTIVE_SAMPLES if effective == "auto" else 4
+    samples = int(min(max(2 * EFFECTIVE_FLOPS / max(network.flops, 1), 1), EFFECTIVE_SAMPLES))
 
     def run(sample: torch.Tensor) -> torch.Tensor:
         return _main_tensor(model(**{key: sample if value is image else value for key, value in arguments.items()}))
 
     shape = tuple(image.shape[1:])
-    size, _ = effective_receptive_field(run, shape, samples, generator)
-    return {"effective": round(size, 1), "effective_of": f"{weights}, {samples} images of normal noise"}
+    try:
+        size, _ = effective_receptive_field(run, shape, samples, generator)
+    except ValueError as error:
+        return {"effective_of": f"not measured: {error}"}
+    images = f"{samples} image{'s' if samples > 1 else ''} of normal noise at timestep {TIMESTEP}"
+    return {"effective": round(size, 1), "effective_of": f"{weights}, {images}"}
 
 
 def to_dict(anatomies: Sequence[Anatomy]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def pixels(resolution: tuple[int, int] | None) -> str:
 
 
 def attention(layers: Sequence[Attention]) -> str:
-    """"2 x 16 heads at 16²", by kind."""
+    """ "2 x 16 heads at 16²", by kind."""
     parts: dict[str, int] = {}
     for layer in layers:
         place = pixels(layer.resolution) or f"{layer.queries} tokens"
@@ -112,16 +112,20 @@ def _tables(anatomies: Sequence[Anatomy]) -> list[Table]:
 
 
 def folded(blocks: Sequence[Block]) -> Iterator[list[Block]]:
-    """Blocks, those of a run that differ in name and receptive field only in one list."""
+    """Blocks, those of a run in one list that are the same network at another place."""
     run: list[Block] = []
     for block in blocks:
-        alike = run and replace(block, name="", receptive_field=None) == replace(run[0], name="", receptive_field=None)
-        if not alike and run:
+        if run and _nameless(block) != _nameless(run[0]):
             yield run
             run = []
         run.append(block)
     if run:
         yield run
+
+
+def _nameless(block: Block) -> Block:
+    # The first of a run may keep what all of them share.
+    return replace(block, name="", receptive_field=None, activation_bytes=0)
 
 
 def _block_table(anatomy: Anatomy, network: Network) -> Table:
@@ -140,7 +144,7 @@ def _block_table(anatomy: Anatomy, network: Network) -> Table:
                 attention(first.attention),
                 parameters(first.parameters),
                 count(first.flops),
-                memory(first.activation_bytes),
+                memory(last.activation_bytes),
                 size(last.receptive_field),
             )
         )
@@ -260,7 +264,9 @@ def _resolution_table(anatomies: Sequence[Anatomy]) -> Table:
                 text += f", {layers} attention ({'/'.join(str(h) for h in heads)} heads)"
             row.append(text if blocks else "–")
         rows.append(tuple(row))
-    return Table("by resolution (parameters, FLOPs, attention layers)", ("pixels", *(a.title for a in anatomies)), tuple(rows))
+    return Table(
+        "by resolution (parameters, FLOPs, attention layers)", ("pixels", *(a.title for a in anatomies)), tuple(rows)
+    )
 
 
 def _text(table: Table) -> str:
@@ -298,8 +304,8 @@ _FILLS = {  # fill, edge, meaning
 }
 _INK, _PALE, _ATTENTION = "#1c2733", "#5c6875", "#b02f5b"
 _FONT = "Helvetica, Arial, 'Liberation Sans', sans-serif"
-_MARGIN, _PILL, _STEP, _LABEL = 20, 24, 18, 46
-_INNER = 60  # between the two arms of a U, for the number of skip connections
+_MARGIN, _PILL, _STEP, _LABEL = 18, 24, 18, 40
+_INNER = 52  # between the two arms of a U, for the number of skip connections
 
 
 def _clean(text: str) -> str:
@@ -364,7 +370,8 @@ class Box:
         tall = 14 * len(self.lines) + 17 * len(marks)
         y = self.y + (self.height - tall) / 2 + 11.5
         for index, line in enumerate(self.lines):
-            parts.append(_words(x, y, line, 12 if index == 0 else 11, weight=600 if index == 0 else 400))
+            first = index == 0 and self.height >= 40
+            parts.append(_words(x, y, line, 12 if first else 11, weight=600 if first else 400))
             y += 14
         for mark in marks:
             width = text_width(mark, 10.5) + 8
@@ -378,7 +385,7 @@ class Box:
 
 
 def attention_marks(block: Block) -> list[str]:
-    """"3 × 16 h at 16²": layers, heads and where; for each kind a mark."""
+    """ "3 × 16 h at 16²": layers, heads and where; for each kind a mark."""
     marks: dict[str, int] = {}
     for layer in block.attention:
         place = pixels(layer.resolution) or f"{layer.queries} tok"
@@ -394,24 +401,26 @@ def _box_size(block: Block, widest: int) -> tuple[float, float, tuple[str, ...]]
     marks = attention_marks(block)
     needed = [text_width(line, 12) + 12 for line in lines] + [text_width(mark, 10.5) + 16 for mark in marks]
     side = min(block.resolution) if block.resolution else 1
-    width = max(48 + 72 * math.sqrt((block.channels or 0) / widest), *needed)
+    width = max(44 + 66 * math.sqrt((block.channels or 0) / widest), *needed)
     height = max(36 + 4 * math.log2(max(side, 1)), 14 * len(lines) + 17 * len(marks) + 8)
     return width, height, lines
 
 
 def _pill(block: Block, width: float) -> Box:
-    name = block.name.rpartition(".")[2] if block.kind == "embedding" else block.name
-    text = _fit(f"{name} {parameters(block.parameters)}", width - 10, 12)
+    text = f"{block.name} {parameters(block.parameters)}"
+    if text_width(text, 11) > width - 6:
+        text = _fit(block.name, width - 6, 11)
     return Box(block, 0, 0, width, _PILL, (text,))
 
 
 @dataclass
 class Drawing:
-    """Elements of a network at the origin, and how much room they take."""
+    """Elements of a network at the origin, how much room they take, and where its blocks begin below its embeddings."""
 
     elements: list[str]
     width: float
     height: float
+    top: float
 
 
 def _draw_network(network: Network, widest: int) -> Drawing:
@@ -449,6 +458,7 @@ def _draw_u(network: Network, widest: int) -> Drawing:
             row = heads - len(chosen) + i
             boxes[block.name] = replace(_pill(block, arm), x=column, y=y + row * (_PILL + _STEP - 4))
     y += heads * (_PILL + _STEP - 4) + 4
+    top = y
     chain = [boxes[block.name] for block in of["in"]]
     for before, after in zip(chain, chain[1:]):
         elements.append(_line([(left, before.y + _PILL), (left, after.y - 2)]))
@@ -501,7 +511,7 @@ def _draw_u(network: Network, widest: int) -> Drawing:
     for before, after in zip(outs, outs[1:]):
         elements.append(_line([(right, before.y), (right, after.y + after.height + 2)]))
     elements += [boxes[block.name].svg() for block in blocks]
-    return Drawing(elements, width, y - _STEP)
+    return Drawing(elements, width, y - _STEP, top)
 
 
 def _draw_column(network: Network, widest: int) -> Drawing:
@@ -519,6 +529,7 @@ def _draw_column(network: Network, widest: int) -> Drawing:
     y += 4
     previous: Box | None = None
     shown = None
+    top: float | None = None
     for run in folded([block for block in blocks if block.kind != "embedding"]):
         first = run[0]
         if first.kind in ("in", "out"):
@@ -533,12 +544,14 @@ def _draw_column(network: Network, widest: int) -> Drawing:
             box_width = sizes[first.name][0]
             made = [Box(block, centre - box_width / 2, 0, box_width, thin, ()) for block in run]
         start = y
+        if top is None and first.kind not in ("in", "out"):
+            top = y
         for box in made:
             box.y = y
             if previous is not None and (len(made) < 4 or box is made[0]):
                 elements.append(_line([(centre, previous.y + previous.height), (centre, y - 2)]))
             elements.append(box.svg())
-            if len(made) < 4 and first.resolution and first.resolution != shown and first.kind != "out":
+            if len(made) < 4 and first.resolution and first.resolution != shown and first.kind not in ("in", "out"):
                 shown = first.resolution
                 elements.append(_words(_LABEL - 8, y + box.height / 2 + 4, pixels(shown), 12, _PALE, "end", 600))
             previous = box
@@ -567,7 +580,7 @@ def _draw_column(network: Network, widest: int) -> Drawing:
                 elements.append(_words(x + 15, line + 1.2, mark, 10.5, "#ffffff", "start"))
                 line += 18
             width = max(width, x + room + 8)
-    return Drawing(elements, width, y - _STEP)
+    return Drawing(elements, width, y - _STEP, top or 0.0)
 
 
 def draw(anatomies: Sequence[Anatomy]) -> str:
@@ -575,16 +588,18 @@ def draw(anatomies: Sequence[Anatomy]) -> str:
     blocks = [block for anatomy in anatomies for network in anatomy.networks for block in network.blocks]
     widest = max([block.channels or 0 for block in blocks if block.kind not in ("embedding", "in", "out")] + [1])
     gap, head = 26, 84
-    x, tallest = float(_MARGIN), 0.0
+    x = float(_MARGIN)
     body: list[str] = []
-    for index, anatomy in enumerate(anatomies):
-        drawings = [_draw_network(network, widest) for network in anatomy.networks]
+    drawn = [[_draw_network(network, widest) for network in anatomy.networks] for anatomy in anatomies]
+    top = max(drawing.top for drawings in drawn for drawing in drawings)
+    tallest = max(top - drawing.top + drawing.height for drawings in drawn for drawing in drawings)
+    for index, (anatomy, drawings) in enumerate(zip(anatomies, drawn)):
         captions = [
             (f"{parameters(n.parameters)} parameters", f"{count(n.flops)}FLOPs at {size(n.input_shape[2:])}")
             for n in anatomy.networks
         ]
         widths = [
-            max(drawing.width, 60 + max(text_width(text, 12) for text in (*caption, network.model_class)))
+            max(drawing.width, _LABEL + max(text_width(text, 12) for text in (*caption, network.model_class)))
             for drawing, caption, network in zip(drawings, captions, anatomy.networks)
         ]
         room = sum(widths) + 14 * (len(widths) - 1)
@@ -601,8 +616,9 @@ def draw(anatomies: Sequence[Anatomy]) -> str:
             body.append(_words(middle, 74, caption[0], 13, weight=600))
             body.append(_words(middle, 90, caption[1], 12))
             shift = x + (width - drawing.width) / 2
-            body.append(f'<g transform="translate({shift:.1f} {head + 20})">{"".join(drawing.elements)}</g>')
-            tallest = max(tallest, drawing.height)
+            body.append(
+                f'<g transform="translate({shift:.1f} {head + 20 + top - drawing.top:.1f})">{"".join(drawing.elements)}</g>'
+            )
             x += width + 14
         x += gap - 14
     width = x - gap + _MARGIN
@@ -665,7 +681,7 @@ def _page(anatomies: Sequence[Anatomy], tables: Sequence[Table]) -> str:
         for index, row in enumerate(rows):
             tag = "th" if index == 0 and any(table.header) else "td"
             cells = "".join(
-                f'<{tag}{" class=" + chr(34) + "number" + chr(34) if i in table.right else ""}>{_clean(cell)}</{tag}>'
+                f"<{tag}{' class=' + chr(34) + 'number' + chr(34) if i in table.right else ''}>{_clean(cell)}</{tag}>"
                 for i, cell in enumerate(row)
             )
             lines.append(f"<tr>{cells}</tr>")

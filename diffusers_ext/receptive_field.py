@@ -1,17 +1,17 @@
 """Receptive field of any network: which input pixels can reach an output, and which do in effect.
 
 The theoretical one is exact and independent of weights. A forward pass on the meta device carries beside every tensor,
-for each of its elements, the smallest rectangle of input pixels that the element depends on, and each operation merges
-the rectangles of what it reads: a convolution those under its taps, a matrix product those of a row and a column,
-attention those of a query, all keys and all values. Modules named `...Norm...` are taken position by position: that the
-statistics of a group norm see the whole image is not what is called a receptive field.
+for each of its elements, the smallest rectangle of input pixels that the element depends on, and each operation
+merges the rectangles of what it reads: a convolution those under its taps, a matrix product those of a row and a
+column, attention those of a query, all keys and all values. Norms are taken position by position: that the statistics
+of a group norm see the whole image is not what is called a receptive field.
 
 The effective one is that of Luo et al., "Understanding the Effective Receptive Field in Deep Convolutional Neural
 Networks" (2016), https://arxiv.org/abs/1701.04128, Sec. 3: the gradient of the centre pixel by the input.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,10 +91,13 @@ class FootprintMode(TorchDispatchMode):
     def depends(self, tensor: torch.Tensor) -> bool:
         return tensor in self._table
 
-    def take_positions(self, output: torch.Tensor, source: torch.Tensor) -> None:
-        """Let `output` see at each position what `source` of the same shape does there, over all channels."""
-        dim = 1 if source.ndim == 4 else -1
-        self._table[output] = [part.amin(dim, keepdim=True) for part in self._table[source]]
+    def take_positions(self, output: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
+        """Let `output` see at each position what `sources` of the same shape do there, over all channels."""
+        dim = 1 if output.ndim == 4 else -1
+        sides = zip(*(self._table[source] for source in sources if source in self._table))
+        footprint = [_merge([part.amin(dim, keepdim=True) for part in side], output.ndim) for side in sides]
+        if footprint:
+            self._table[output] = footprint
 
     def centre(self, output: torch.Tensor, grid: tuple[int, int] | None) -> Rectangle | None:
         """What the middle position of `output` depends on; without a grid of positions, what all of it does.
@@ -168,7 +171,7 @@ class FootprintMode(TorchDispatchMode):
         name = packet.__name__
         if packet is aten.convolution:
             if first is not None and not any(self.depends(x) for x in args[1:3] if x is not None):
-                return [_convolution(first, args[0], args[1], outputs[0], *args[3:9])]
+                return [_convolution(first, args[1], outputs[0], *args[3:9])]
         elif packet in _PRODUCTS:
             *bias, a, b = args[:3] if "add" in name or "bad" in name else args[:2]
             rows, columns = self._side(a, side), self._side(b, side)
@@ -343,7 +346,9 @@ def _convolution(
 ) -> torch.Tensor:
     dims = weight.ndim - 2
     if part.ndim == dims + 1:  # without a batch
-        return _convolution(part[None], x[None], weight, output[None], stride, padding, dilation, transposed, _, groups)[0]
+        return _convolution(
+            part[None], x[None], weight, output[None], stride, padding, dilation, transposed, _, groups
+        )[0]
     if groups > 1 and part.shape[1] > 1:
         part = part.unflatten(1, (groups, -1)).amin(2)
         part = part.repeat_interleave(output.shape[1] // groups, dim=1)

@@ -4,6 +4,7 @@ Shapes: B batch, C channels, H and W pixels. This file imports torch, diffusers 
 that it can travel inside an exported pipeline.
 """
 
+import contextlib
 import copy
 import inspect
 import math
@@ -254,7 +255,12 @@ def guided_calls(scheduler: SchedulerMixin, interval: tuple[float, float], num_c
 
 
 def predict(
-    model: nn.Module, sample: torch.Tensor, timestep: torch.Tensor, class_ids: torch.Tensor | None, **inputs
+    model: nn.Module,
+    sample: torch.Tensor,
+    timestep: torch.Tensor,
+    class_ids: torch.Tensor | None,
+    cache: str = "cond",
+    **inputs,
 ) -> torch.Tensor:
     """Output of a denoising network, float32 as `sample` is whatever the network computes in.
 
@@ -263,12 +269,14 @@ def predict(
         sample: scaled for the network, `(B, C, H, W)`.
         timestep: one for all images, 0-d or a row of equal ones.
         class_ids: `(B,)`, or None for an unconditional network.
+        cache: under which name `enable_cache` keeps what the steps share; predictions of one step differ in it.
         inputs: further inputs of this network.
     """
     if class_ids is not None:
         inputs["class_labels"] = class_ids
     timestep = timestep.reshape(-1)[:1].expand(len(sample))  # `DiTTransformer2DModel` wants one per image
-    return model(sample.to(model.dtype), timestep, **inputs, return_dict=False)[0].to(sample.dtype)
+    with model.cache_context(cache) if hasattr(model, "cache_context") else contextlib.nullcontext():
+        return model(sample.to(model.dtype), timestep, **inputs, return_dict=False)[0].to(sample.dtype)
 
 
 def with_exact_variance(scheduler: SchedulerMixin) -> SchedulerMixin:

@@ -122,6 +122,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """Timestep of the running network call, which `PyramidAttentionBroadcastConfig` asks for; None between runs."""
+        return self._current_timestep
+
+    @property
     def interrupt(self) -> bool:
         """A callback that sets `_interrupt` makes this step the last."""
         return self._interrupt
@@ -222,7 +227,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             class_ids = torch.tensor(class_ids, device=device).expand(batch_size)
         timesteps, timestep_values = prepare_timesteps(self.scheduler, num_inference_steps, batch_size, device)
         self._num_timesteps = len(timesteps)
-        shape = (batch_size, image_channels(self._denoiser), *self._size(height, width))
+        shape = (batch_size, image_channels(self._denoiser), *self._size(sample, height, width))
         sample = prepare_sample(sample, shape, self.scheduler, generator, device)
 
         # 3. Choose what the steps have in common
@@ -240,12 +245,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(timesteps)):
             if self._interrupt:
                 break
+            self._current_timestep = t
             prediction = guide(i, t, scale_model_input(sample, t))[:, :num_outputs]
             sample = step(i, t, sample, prediction)
 
             if callback_on_step_end is not None:
                 tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, sample)
                 sample = callback_on_step_end(self, i, t, tensors).pop("latents", sample)
+
+        self._current_timestep = None
 
         # 5. Decode and post-process
         images = sample if output_type == "latent" else self.decode(sample)
@@ -296,10 +304,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"`vae` decodes {self.vae.config.latent_channels} channels, but `{name}` draws {channels}; the "
                 "network must be trained on latents of this `vae`."
             )
-        if guide_model is not None and (image_channels(guide_model), output_channels(guide_model) >= channels) != (
-            channels,
-            True,
-        ):
+        if guide_model is not None and min(image_channels(guide_model), output_channels(guide_model)) != channels:
             raise ValueError(
                 f"`guide_model` draws {image_channels(guide_model)} channels, but `{name}` draws {channels}; the two "
                 "must be trained on the same images."
@@ -372,7 +377,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 "weaker `guide_model`, or use `guidance_scale=1` without a `guider`."
             )
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+    def _size(self, sample: torch.Tensor | None, height: int | None, width: int | None) -> tuple[int, int]:
+        if sample is not None:
+            return sample.shape[2:]
         if height is None:
             return height_width(self._denoiser.config.sample_size)
         return height // self.vae_scale_factor, width // self.vae_scale_factor
@@ -413,12 +420,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
         def run(names: list[str], timestep: torch.Tensor, sample: torch.Tensor) -> Sequence[torch.Tensor]:
             if names == BOTH and guide_model is None and not weakens:
                 (model, ids), (_, null_ids) = conditional, worse
-                return predict(model, torch.cat([sample, sample]), timestep, torch.cat([ids, null_ids])).chunk(2)
+                ids = torch.cat([ids, null_ids])
+                return predict(model, torch.cat([sample, sample]), timestep, ids, "cond_uncond").chunk(2)
             outputs = []
             for name in names:
                 model, ids = worse if name == "pred_uncond" else conditional
                 with _prepared(model, guider, name):
-                    outputs.append(predict(model, sample, timestep, ids))
+                    outputs.append(predict(model, sample, timestep, ids, name.removeprefix("pred_")))
             return outputs
 
         if guider is None:

@@ -19,9 +19,12 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LayerSkipConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
     UNet2DModel,
 )
 
@@ -497,7 +500,9 @@ def test_height_and_width():
     assert draw(pipe, height=16, width=24).shape == (1, 16, 24, 3)
     assert draw(pipe, height=16, width=24, output_type="latent").shape == (1, 3, 8, 12)
     unsized = tiny_pipe(backbone("UNet2DModel", sample_size=None), null_class_label=4)
-    assert draw(unsized, height=8, width=8).shape == (1, 8, 8, 3)
+    assert (
+        draw(unsized, height=8, width=8).shape == draw(unsized, sample=torch.zeros(1, 3, 8, 8)).shape == (1, 8, 8, 3)
+    )
     with pytest.raises(ValueError, match="`unet` was made for no size"):
         draw(unsized)
 
@@ -578,3 +583,43 @@ def test_errors(config, arguments, message):
     with recorded_calls(*models) as calls, pytest.raises(ValueError, match=message):
         draw(pipe, **arguments)
     assert not calls
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("kind", ["first_block", "taylor", "pyramid"])
+def test_caches_of_a_transformer_serve_a_run(kind, guidance_scale):
+    torch.manual_seed(0)
+    model = GQADiTTransformer2DModel(
+        num_layers=3, num_attention_heads=2, attention_head_dim=16, num_class_embeds=4, null_class=True
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    pipe = ClassConditionalPipeline(transformer=model, scheduler=DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> torch.Tensor:
+        return pipe(
+            [1, 2],
+            guidance_scale=guidance_scale,
+            num_inference_steps=12,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+
+    expected = draw()
+    config = {
+        "first_block": FirstBlockCacheConfig(threshold=0.5),
+        "taylor": TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=3),
+        "pyramid": PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: pipe.current_timestep
+        ),
+    }[kind]
+    model.enable_cache(config)
+    cached = draw()
+    assert (cached - expected).abs().max() > 0 and (cached - expected).abs().mean() < 0.2
+    again = draw()  # the state of one run is not left to the next
+    torch.testing.assert_close(again, cached)
+    model.disable_cache()
+    torch.testing.assert_close(draw(), expected)
+    assert pipe.current_timestep is None

@@ -379,7 +379,7 @@ def test_channel_attention_gates_channels_by_their_means():
     ratio = (gate(hidden_states) / hidden_states).flatten(2)
     torch.testing.assert_close(ratio, ratio[:, :, :1].expand_as(ratio), atol=1e-4, rtol=1e-4)
     assert 0 < ratio.min() and ratio.max() < 1
-    squeezed = F.relu(hidden_states.mean(dim=(2, 3)) @ gate.linear_1.weight.T + gate.linear_1.bias)
+    squeezed = F.silu(hidden_states.mean(dim=(2, 3)) @ gate.linear_1.weight.T + gate.linear_1.bias)
     expected = torch.sigmoid(squeezed @ gate.linear_2.weight.T + gate.linear_2.bias)
     torch.testing.assert_close(ratio[:, :, 0], expected, atol=1e-4, rtol=1e-4)
     assert gate.linear_1.out_features == 4

@@ -60,7 +60,7 @@ def load_original(
     """
     flags = complete_flags(architecture, preset, config)
     family = _FAMILIES[architecture]
-    model = _empty_model(architecture, flags)
+    model = empty_model(architecture, flags)
     rules = family.build_rules(architecture, flags, model)
     ema = flags.get("ema", True)
     if isinstance(source, (str, os.PathLike)):
@@ -126,7 +126,7 @@ def original_state_dict(
     if preset is None and config is None:
         config = family.to_flags(architecture, model)
     flags = complete_flags(architecture, preset, config)
-    empty = _empty_model(architecture, flags)
+    empty = empty_model(architecture, flags)
     differences = [
         f"{name}={model.config[name]!r} instead of {value!r}"
         for name, value in empty.config.items()
@@ -236,7 +236,7 @@ def _layout(preset: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights of a released checkpoint."""
     architecture = presets[preset].architecture
     flags = complete_flags(architecture, preset, None)
-    model = _empty_model(architecture, flags)
+    model = empty_model(architecture, flags)
     rules = _family(architecture).build_rules(architecture, flags, model)
     return {key: tuple(tensor.shape) for key, tensor in to_original(model.state_dict(), rules).items()}
 
@@ -255,7 +255,7 @@ def _default_architecture(model_class: type[ModelMixin]) -> str:
     raise ValueError(f"`model` is a {model_class.__name__}, which no original codebase has.")
 
 
-def _empty_model(architecture: str, flags: Mapping[str, Any]) -> ModelMixin:
+def empty_model(architecture: str, flags: Mapping[str, Any]) -> ModelMixin:
     model_class, model_config = _family(architecture).to_config(architecture, flags)
     with torch.device("meta"):
         return model_class(**model_config)

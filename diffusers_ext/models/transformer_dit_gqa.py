@@ -330,7 +330,8 @@ class GQADiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
         if self.config.position_embedding == "learned":
             return 0.02 * torch.randn(1, grid * grid, width)
         # The first half of the channels are sines and cosines of the column, the second half of the row.
-        return get_2d_sincos_pos_embed(width, grid, base_size=grid).float()[None]
+        positions = get_2d_sincos_pos_embed(width, grid, base_size=grid)[None]
+        return positions.to(torch.get_default_dtype())  # in which diffusers may build the model
 
     @torch.no_grad()
     def _initialise(self) -> None:

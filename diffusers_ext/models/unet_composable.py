@@ -101,6 +101,19 @@ def _norm(config: FrozenDict, channels: int) -> nn.Module:
     return _NORMS[config.norm_type](config, channels)
 
 
+class DilatedConv2d(nn.Conv2d):
+    """Convolution whose taps are as far apart as its padding is wide (Yu and Koltun, 2016,
+    https://arxiv.org/abs/1511.07122), or side by side without one; a 3x3 kernel then keeps the size of an image.
+
+    From the class of a layer, its kernel and its padding alone peft builds the halves of a LoRA.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0, **options
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation=padding or 1, **options)
+
+
 class SeparableConv2d(nn.Module):
     """Depthwise, then pointwise convolution (Chollet, 2017, https://arxiv.org/abs/1610.02357; Howard et al., 2017,
     https://arxiv.org/abs/1704.04861, Sec. 3.1).
@@ -108,9 +121,11 @@ class SeparableConv2d(nn.Module):
     k^2 C + C C' parameters instead of the k^2 C C' of a full convolution: neither of the two has a bias.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, **options):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0):
         super().__init__()
-        self.depthwise = nn.Conv2d(in_channels, in_channels, kernel_size, groups=in_channels, bias=False, **options)
+        self.depthwise = DilatedConv2d(
+            in_channels, in_channels, kernel_size, stride, padding, groups=in_channels, bias=False
+        )
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -118,13 +133,11 @@ class SeparableConv2d(nn.Module):
         return self.pointwise(self.depthwise(hidden_states))
 
 
-_CONVS = {"standard": nn.Conv2d, "separable": SeparableConv2d}
+_CONVS = {"standard": DilatedConv2d, "separable": SeparableConv2d}
 
 
 def _conv(config: FrozenDict, in_channels: int, out_channels: int, dilation: int = 1, stride: int = 1) -> nn.Module:
-    """3x3 convolution; `dilation` d spreads its taps d pixels apart (Yu and Koltun, 2016, https://arxiv.org/abs/1511.07122)."""
-    conv_class = _CONVS[config.conv_type]
-    return conv_class(in_channels, out_channels, 3, padding=dilation, dilation=dilation, stride=stride)
+    return _CONVS[config.conv_type](in_channels, out_channels, 3, stride, padding=dilation)
 
 
 def _zero(module: nn.Module) -> nn.Module:
@@ -137,9 +150,11 @@ def _zero(module: nn.Module) -> nn.Module:
 
 
 class ChannelAttention(nn.Module):
-    """Squeeze and excitation: `h * sigmoid(W2 relu(W1 mean(h)))`, a gate for each channel from the means of all.
+    """Squeeze and excitation: `h * sigmoid(W2 silu(W1 mean(h)))`, a gate for each channel from the means of all.
 
     Hu et al. (2018), https://arxiv.org/abs/1709.01507, Sec. 3; W1 narrows C channels to C / 16 (Sec. 6.1), at least 4.
+    Their ReLU is a SiLU here (Tan and Le, 2019, https://arxiv.org/abs/1905.11946): the branch and so its means
+    start at zero, where a bias below zero would shut a rectifier for good.
     """
 
     def __init__(self, channels: int):
@@ -149,7 +164,7 @@ class ChannelAttention(nn.Module):
         self.linear_2 = nn.Linear(hidden, channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate = self.linear_2(F.relu(self.linear_1(hidden_states.mean(dim=(2, 3)))))
+        gate = self.linear_2(F.silu(self.linear_1(hidden_states.mean(dim=(2, 3)))))
         return hidden_states * gate.sigmoid()[:, :, None, None]
 
 

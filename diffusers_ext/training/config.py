@@ -149,11 +149,11 @@ UNET_PRESETS = {
     "mnist": UNetTrainingConfig(
         preset="mnist", output_dir="runs/mnist-unet", model="adm/mnist-small", max_train_steps=4500, **_MNIST
     ),
-    "film-mnist": _unet("film-mnist", model="composable/film-mnist", max_train_steps=6000, **_MNIST, **_LABELLED),
-    "dit-gqa-mnist": _unet("dit-gqa-mnist", model="dit/mnist", max_train_steps=12000, **_MNIST, **_LABELLED),
-    "ddpm-mnist": _unet("ddpm-mnist", model="ddpm/mnist-32", max_train_steps=6000, **_MNIST, **_LABELLED),
+    "film-mnist": _unet("film-mnist", model="composable/film-mnist", max_train_steps=3000, **_MNIST, **_LABELLED),
+    "dit-gqa-mnist": _unet("dit-gqa-mnist", model="dit/mnist", max_train_steps=5000, **_MNIST, **_LABELLED),
+    "ddpm-mnist": _unet("ddpm-mnist", model="ddpm/mnist-32", max_train_steps=3000, **_MNIST, **_LABELLED),
     "dilated-mnist": _unet(
-        "dilated-mnist", model="dilated/mnist-small", max_train_steps=4000, learned_variance=False, **_MNIST
+        "dilated-mnist", model="dilated/mnist-small", max_train_steps=3000, learned_variance=False, **_MNIST
     ),
 }
 
