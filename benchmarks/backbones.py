@@ -269,9 +269,9 @@ def description(options: Options, judge: Judge, device: str) -> str:
         f"`python benchmarks/backbones.py{arguments}`, {date.today()}, {hardware}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}.\n\n"
         f"Each backbone: {options.forward_tflops:g} TFLOPs of forward passes, batches of {options.train_batch_size}, "
-        f"the same order of images. Samples: {options.num_samples}, DPM-Solver++, {options.num_inference_steps} steps, "
-        f"guidance scale {options.guidance_scale:g}. The judge reads "
-        f"{judge.accuracy_on_held_out():.1%} of the test images right."
+        f"the same order of images. Samples: {options.num_samples}, by DPM-Solver++ in {options.num_inference_steps} "
+        f"steps, guidance scale {options.guidance_scale:g}. The judge reads {judge.accuracy_on_held_out():.1%} of the "
+        "test images right."
     )
 
 

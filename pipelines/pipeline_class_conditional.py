@@ -123,7 +123,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def current_timestep(self) -> torch.Tensor | None:
-        """Timestep of the running network call, which `PyramidAttentionBroadcastConfig` asks for; None between runs."""
+        """Timestep of the running network call, for `PyramidAttentionBroadcastConfig`; None between runs."""
         return self._current_timestep
 
     @property

@@ -1,35 +1,11 @@
-"""Anatomy of a network: what papers draw by hand, computed from the model itself.
+"""Passes through a network on the meta device, and what is read off each."""
 
-Everything but the effective receptive field comes from passes on the meta device, where tensors have shapes but no
-contents, so that a network of any size is inspected in seconds:
-
-| what | how |
-|---|---|
-| shapes, channels, resolution | outputs of modules, by forward hooks |
-| attention | calls of `scaled_dot_product_attention`, with the shapes that they get |
-| FLOPs | `torch.utils.flop_counter`: matrix products, convolutions and attention; a multiply-add counts 2 |
-| activation memory | tensors that autograd saves for the backward pass, in the block that saves them first |
-| peak memory | live storages of all tensors, operation by operation; see [`Memory`] |
-| receptive field | `diffusers_ext.receptive_field` |
-
-Memory counts tensors: no workspaces of libraries, no fragmentation, no CUDA context. Attention is taken to be fused,
-without a matrix of weights.
-"""
-
-import contextlib
-import difflib
 import functools
-import inspect
-import json
 import math
-import os
 import re
-import tempfile
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,579 +17,24 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-import diffusers
 from diffusers import ModelMixin
 
-import diffusers_ext
-from diffusers_ext.receptive_field import (
+from diffusers_ext.inspection.anatomy import Attention, Block, Memory, Network, Precision, ReceptiveField, Size
+from diffusers_ext.inspection.inputs import TIMESTEP, example_inputs
+from diffusers_ext.inspection.receptive_field import (
     FootprintMode,
     Rectangle,
     effective_receptive_field,
     fill_zero_layers,
 )
+from diffusers_ext.inspection.sources import Source, build, quiet, weights_dtype
 
 
-Size = tuple[int, int]
-
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Children of these names are lists of blocks, in our models and in diffusers'.
 BLOCK_LISTS = ("down_blocks", "up_blocks", "transformer_blocks", "single_transformer_blocks", "blocks", "layers")
-TEXT_TOKENS = 77  # length of the text that stands for `encoder_hidden_states`
-TIMESTEP = 500  # the middle of the usual thousand; noise level of the effective receptive field
-MAX_SIZE = 4096  # pixels; the receptive field takes time and memory in proportion
 # Without being asked, the effective receptive field is measured where that takes seconds, on as many images.
 EFFECTIVE_PARAMETERS, EFFECTIVE_FLOPS, EFFECTIVE_SAMPLES = 80e6, 10e9, 8
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One attention layer.
-
-    Args:
-        heads: number of heads.
-        head_dim: channels of each.
-        queries: tokens that ask.
-        keys: tokens that answer.
-        kind: "self", "cross" (to another sequence, such as a text) or "pool" (one token asks).
-        resolution: height and width of the pixels or patches that are its tokens; None where they form no grid.
-    """
-
-    heads: int
-    head_dim: int
-    queries: int
-    keys: int
-    kind: str
-    resolution: Size | None
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block, in the order in which blocks run.
-
-    Args:
-        name: dotted name in the model; "" for what is in no block.
-        kind: "in", "embedding", "down", "mid", "up", "block" or "out".
-        module: name of its class.
-        output_shape: of its output, batch first; None if it did not run.
-        channels: of its output.
-        resolution: height and width at which its layers work, before it changes them; None if it has none.
-        attention: its attention layers.
-        parameters: number of its parameters.
-        flops: of a forward pass; a multiply-add counts 2.
-        activation_bytes: what autograd keeps of it for the backward pass.
-        receptive_field: height and width in pixels of the part of the image that the middle of its output sees.
-    """
-
-    name: str
-    kind: str
-    module: str
-    output_shape: tuple[int, ...] | None = None
-    channels: int | None = None
-    resolution: Size | None = None
-    attention: tuple[Attention, ...] = ()
-    parameters: int = 0
-    flops: int = 0
-    activation_bytes: int = 0
-    receptive_field: Size | None = None
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes, for the batch of the inspection.
-
-    Args:
-        weights: parameters and buffers.
-        activations: what autograd keeps for the backward pass.
-        gradients: of all parameters.
-        optimizer: AdamW's two moments.
-        forward_peak: of a forward pass without gradients, weights included.
-        training_peak: of a training step in this dtype, all of the above included: forward, mean square, backward and
-            a step of AdamW (multi-tensor, as on GPUs) whose moments exist already.
-        training_peak_in: "forward", "backward" or "optimizer".
-    """
-
-    weights: int
-    activations: int
-    gradients: int
-    optimizer: int
-    forward_peak: int
-    training_peak: int
-    training_peak_in: str
-
-
-@dataclass(frozen=True)
-class ReceptiveField:
-    """What the centre pixel of the output depends on; normalisation statistics aside.
-
-    Args:
-        size: height and width in pixels, also beyond the image; None if it grows with the image ("whole image").
-        inside: height and width of it inside the image.
-        exact: False where the network cannot run on larger images, which would have shown what lies beyond.
-        unknown_operations: operations that were taken to mix everything, since nothing is known of them.
-        effective: size in pixels of the effective one (Luo et al., 2016): square root of the number of pixels with
-            more than 4.55% of the largest gradient; None if it was not measured.
-        effective_of: which weights it was measured on, or why it was not.
-    """
-
-    size: Size | None
-    inside: Size
-    exact: bool = True
-    unknown_operations: tuple[str, ...] = ()
-    effective: float | None = None
-    effective_of: str = ""
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Dtypes.
-
-    Args:
-        dtype: of the weights that were inspected.
-        kept_in_float32: modules that loading in half precision leaves in float32 (`_keep_in_fp32_modules`).
-        kept_in_float32_parameters: number of their parameters.
-        not_cast: patterns of modules that layerwise casting leaves as they are (`_skip_layerwise_casting_patterns`).
-        not_cast_parameters: number of their parameters.
-        computed_in_float32: blocks and layers whose output is float32 in a model in half precision, seen in a pass.
-    """
-
-    dtype: str
-    kept_in_float32: tuple[str, ...] = ()
-    kept_in_float32_parameters: int = 0
-    not_cast: tuple[str, ...] = ()
-    not_cast_parameters: int = 0
-    computed_in_float32: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Network:
-    """Anatomy of one network.
-
-    Args:
-        name: of the part: preset, folder or Hub id.
-        model_class: name of its class.
-        input_shape: batch, channels, height and width (or batch, tokens, channels).
-        output_shape: of its output.
-        parameters: number of all parameters.
-        flops: of a forward pass; a multiply-add counts 2.
-        blocks: in the order in which they run.
-        skips: connections past at least one block: from, to, number of tensors.
-        memory, receptive_field, precision: see there.
-    """
-
-    name: str
-    model_class: str
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    parameters: int
-    flops: int
-    blocks: tuple[Block, ...]
-    skips: tuple[tuple[str, str, int], ...]
-    memory: Memory
-    receptive_field: ReceptiveField
-    precision: Precision
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What one argument of the command named: a network, or several that belong together.
-
-    Args:
-        title: heading.
-        networks: a UNet and its classifier, the networks of a pipeline, or just one.
-    """
-
-    title: str
-    networks: tuple[Network, ...]
-
-    @property
-    def parameters(self) -> int:
-        return sum(network.parameters for network in self.networks)
-
-    @property
-    def flops(self) -> int:
-        return sum(network.flops for network in self.networks)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a network comes from: its class and config, and a folder with weights if there is one."""
-
-    name: str
-    model_class: type[ModelMixin]
-    config: dict[str, Any] = field(repr=False)
-    folder: Path | None = None
-
-
-def inspect_models(
-    models: Sequence[str],
-    size: int | None = None,
-    *,
-    batch_size: int = 1,
-    dtype: str | None = None,
-    effective: str = "auto",
-    titles: Sequence[str] = (),
-    format: str | None = None,
-    output: str | os.PathLike | None = None,
-) -> str:
-    """Describe networks, one beside the other.
-
-    Args:
-        models: each a preset (a released checkpoint such as `256x256_diffusion_uncond`, or a named size such as
-            `composable/film`), a folder of a model or a pipeline, or a Hub id (`org/repo` or `org/repo/unet`), of
-            which only the config is fetched; `A+B` shows two networks as one column.
-        size: height and width of the images in pixels; by default that of the config.
-        batch_size: number of images.
-        dtype: of weights and images: "float32", "float16" or "bfloat16". By default that of the weights in the folder,
-            else float32.
-        effective: whether to measure the effective receptive field, on real weights: "auto" where it takes seconds,
-            "always" or "never".
-        titles: headings, one for each of `models`; by default the names.
-        format: "table", "json", "svg" or "html"; by default that of `output`'s suffix, else "table".
-        output: file to write, as a whole or not at all.
-
-    Returns:
-        The description as text.
-
-    Raises:
-        ValueError: for a name that is not known, a folder without a model, a class that is not one of diffusers or of
-            this package, and a size that the network refuses.
-    """
-    from diffusers_ext.inspection_report import FORMATS, render
-
-    models = [models] if isinstance(models, str) else list(models)
-    suffix = Path(output).suffix[1:].lower() if output else ""
-    format = format or {"svg": "svg", "html": "html", "htm": "html", "json": "json"}.get(suffix, "table")
-    for name, value, valid in (
-        ("format", format, FORMATS),
-        ("effective", effective, ("auto", "always", "never")),
-        ("dtype", dtype or "float32", tuple(_DTYPES)),
-    ):
-        if value not in valid:
-            raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(valid)}.")
-    if not models:
-        raise ValueError("`models` is empty: name at least one model.")
-    if titles and len(titles) != len(models):
-        raise ValueError(f"`titles` has {len(titles)} entries for {len(models)} models; give one each, or none.")
-    for name, value in (("size", size), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` is {value}; it must be at least 1.")
-    if size is not None and size > MAX_SIZE:
-        raise ValueError(f"`size` is {size}; it must be at most {MAX_SIZE}.")
-    anatomies = []
-    for index, model in enumerate(models):
-        sources = find_sources(model)
-        networks = tuple(inspect_source(source, size, batch_size, dtype, effective) for source in sources)
-        anatomies.append(Anatomy(titles[index] if titles else _title(model), networks))
-    text = render(anatomies, format)
-    if output is not None:
-        _write(Path(output), text)
-    return text
-
-
-def _title(model: str) -> str:
-    """Folders by their last name."""
-    return "+".join(Path(part).resolve().name if os.path.exists(part) else part for part in _parts(model))
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as temporary:
-        file = Path(temporary) / path.name
-        file.write_text(text, encoding="utf-8")
-        os.replace(file, path)
-
-
-# Where networks come from
-
-
-def named_sources() -> dict[str, tuple[type[ModelMixin], dict[str, Any]] | None]:
-    """All presets: class and config of named sizes; None for released checkpoints, whose config has to be derived."""
-    from diffusers_ext import models
-    from diffusers_ext.conversion import presets
-
-    return {**dict.fromkeys(presets), **getattr(models, "PRESETS", {})}
-
-
-def find_sources(model: str) -> list[Source]:
-    """Networks that a word of the command line names; see [`inspect_models`] for the words and errors."""
-    sources = []
-    for part in _parts(model):
-        if part in named_sources():
-            sources.append(_preset_source(part))
-        elif os.path.exists(part):
-            sources += _folder_sources(Path(part), part)
-        else:
-            sources += _hub_sources(part)
-    return sources
-
-
-def _parts(model: str) -> list[str]:
-    if os.path.exists(model) or "+" not in model:
-        return [model]
-    parts = model.split("+")
-    if not all(parts):
-        raise ValueError(f"`models` has {model!r}: a `+` stands between the names of two networks.")
-    return parts
-
-
-def _preset_source(name: str) -> Source:
-    from diffusers_ext.conversion.original import empty_model, complete_flags, presets
-
-    known = named_sources()[name]
-    if known is None:
-        architecture = presets[name].architecture
-        model = empty_model(architecture, complete_flags(architecture, name, None))
-        return Source(name, type(model), {key: model.config[key] for key in model.config if key[0] != "_"})
-    return Source(name, *known)
-
-
-def _folder_sources(folder: Path, name: str) -> list[Source]:
-    if (folder / "model_index.json").is_file():
-        index = _read_json(folder / "model_index.json")
-        parts = [part for part in index if _is_network(index[part]) and (folder / part / "config.json").is_file()]
-        if not parts:
-            raise ValueError(f"`models` has {name!r}, a pipeline without networks of diffusers.")
-        sources = [_config_source(f"{name}/{part}", _read_json(folder / part / "config.json")) for part in parts]
-        return [replace(source, folder=folder / part) for source, part in zip(sources, parts)]
-    if (folder / "config.json").is_file():
-        return [replace(_config_source(name, _read_json(folder / "config.json")), folder=folder)]
-    raise ValueError(
-        f"`models` has {name!r}, which holds neither a model (config.json) nor a pipeline (model_index.json)."
-    )
-
-
-def _is_network(entry: Any) -> bool:
-    """Whether an entry of model_index.json names a class of ours or of diffusers'."""
-    return isinstance(entry, list) and len(entry) == 2 and _model_class(entry[1]) is not None
-
-
-def _model_class(name: Any) -> type[ModelMixin] | None:
-    """A class of models by its name in diffusers or in this package; nothing else can be reached by it."""
-    if not isinstance(name, str) or not name.isidentifier():
-        return None
-    for library in (diffusers_ext, diffusers):
-        found = getattr(library, name, None)
-        if isinstance(found, type) and issubclass(found, ModelMixin) and found is not ModelMixin:
-            if found.__module__.partition(".")[0] in ("diffusers", "diffusers_ext"):
-                return found
-    return None
-
-
-def _config_source(name: str, config: dict[str, Any]) -> Source:
-    class_name = config.get("_class_name") if isinstance(config, dict) else None
-    model_class = _model_class(class_name)
-    if model_class is None:
-        raise ValueError(
-            f"`models` has {name!r}, whose config names {class_name!r}: only models of diffusers and of diffusers_ext "
-            "are inspected, and no code of others is run."
-        )
-    return Source(name, model_class, config)
-
-
-def _hub_sources(name: str) -> list[Source]:
-    """A Hub id, `org/repo` or with the folder of a component behind it."""
-    words = name.split("/")
-    families = {preset.partition("/")[0] for preset in named_sources() if "/" in preset}
-    is_id = len(words) >= 2 and all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", word) for word in words)
-    if not is_id or words[0] in families:
-        raise ValueError(f"`models` has {name!r}, which is no preset and no folder{_suggestion(name)}.")
-    repository, subfolder = "/".join(words[:2]), "/".join(words[2:])
-    index = None if subfolder else _fetch_json(repository, "model_index.json")
-    if index is not None:
-        parts = [part for part in index if _is_network(index[part])]
-        if not parts:
-            raise ValueError(f"`models` has {name!r}, a pipeline without networks of diffusers.")
-        return [
-            _config_source(f"{name}/{part}", _fetch_json(repository, f"{part}/config.json") or {}) for part in parts
-        ]
-    config = _fetch_json(repository, f"{subfolder}/config.json" if subfolder else "config.json")
-    if config is None:
-        raise ValueError(
-            f"`models` has {name!r}, which is no preset and no folder, and of which the Hub gives no config "
-            f"(wrong name, private, or offline){_suggestion(name)}."
-        )
-    return [_config_source(name, config)]
-
-
-def _suggestion(name: str) -> str:
-    names = list(named_sources())
-    close = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
-    if not close:
-        return f". Presets: {', '.join(names)}"
-    return f". Did you mean {' or '.join(close)}?"
-
-
-def _fetch_json(repository: str, file: str) -> dict[str, Any] | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return _read_json(Path(hf_hub_download(repository, file)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
-        return None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"`models`: {path} is not JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"`models`: {path} holds no object with the options of a model.")
-    return content
-
-
-def build(source: Source, device: str = "meta") -> ModelMixin:
-    """The network of a source, without its weights."""
-    with _quiet(), torch.device(device):
-        if "_class_name" in source.config:
-            return source.model_class.from_config(source.config).eval()
-        return source.model_class(**source.config).eval()
-
-
-def weights_dtype(folder: Path | None) -> str | None:
-    """Name of the dtype that most weights in a folder have, read from the headers of its safetensors files."""
-    counts: dict[str, int] = {}
-    for path in sorted(folder.glob("*.safetensors")) if folder else ():
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > 100e6:
-                continue
-            header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                word = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(entry["dtype"], "float32")
-                counts[word] = counts.get(word, 0) + math.prod(entry["shape"])
-    return max(counts, key=counts.get) if counts else None
-
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without remarks about configs that older versions wrote."""
-    level = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        diffusers.utils.logging.set_verbosity(level)
-
-
-# How a network is called
-
-
-def example_inputs(
-    model: ModelMixin,
-    size: int | None = None,
-    batch_size: int = 1,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[dict[str, Any], torch.Tensor, Size]:
-    """Arguments of `model.forward`, on its device.
-
-    Args:
-        model: a network of diffusers or of this package.
-        size: height and width in pixels (of latents, where it sees those); by default that of its config.
-        batch_size: number of images.
-        dtype: of images and texts.
-
-    Returns:
-        The arguments by name, the one among them that is the image, and the height and width of its grid.
-
-    Raises:
-        ValueError: for a network that needs something unknown.
-    """
-    config, device = model.config, model.device
-    parameters = inspect.signature(model.forward).parameters
-    height, width = (size, size) if size else _default_size(config)
-    if max(height, width) > MAX_SIZE:
-        raise ValueError(f"`size`: the config says {height}x{width}, more than {MAX_SIZE}; give a smaller one.")
-    zeros = functools.partial(torch.zeros, device=device, dtype=dtype)
-    channels = config.get("in_channels", 3) - (config.get("low_res_channels") or 0)
-    # Transformers with positions as an argument take latents whose 2x2 pixels have become the channels of a token.
-    packed = "img_ids" in parameters or "img_shapes" in parameters
-    if packed:
-        height, width = math.ceil(height / 2), math.ceil(width / 2)
-        image = zeros(batch_size, height * width, channels)
-    else:
-        image = zeros(batch_size, channels, height, width)
-    text_width = next(
-        (
-            config[word][-1] if isinstance(config[word], (tuple, list)) else config[word]
-            for word in ("encoder_hid_dim", "joint_attention_dim", "caption_channels", "cross_attention_dim")
-            if config.get(word)
-        ),
-        None,
-    )
-    classes = next((config[word] for word in _CLASS_WORDS if config.get(word)), None)
-    is_class_conditional = classes is not None and (
-        config.get("num_embeds_ada_norm") is None or "norm_type" not in config or config.norm_type == "ada_norm_zero"
-    )
-    labels = None
-    if is_class_conditional or config.get("class_embed_type") == "timestep":
-        labels = torch.zeros(batch_size, dtype=torch.long, device=device)
-    elif config.get("class_embed_type") in ("projection", "simple_projection"):
-        labels = zeros(batch_size, config.projection_class_embeddings_input_dim)
-    elif config.get("class_embed_type") == "identity":
-        labels = zeros(batch_size, 4 * config.block_out_channels[0])
-    timestep = torch.full((batch_size,), TIMESTEP, device=device)
-    values = {
-        "timestep": timestep,
-        "timesteps": timestep,
-        "class_labels": labels,
-        "img_ids": zeros(height * width, 3),
-        "txt_ids": zeros(TEXT_TOKENS, 3),
-        "guidance": zeros(batch_size) if config.get("guidance_embeds") else None,
-        "added_cond_kwargs": _added_conditions(config, batch_size, zeros),
-    }
-    if text_width:
-        values["encoder_hidden_states"] = zeros(batch_size, TEXT_TOKENS, text_width)
-    if config.get("pooled_projection_dim"):
-        values["pooled_projections"] = zeros(batch_size, config.pooled_projection_dim)
-    if config.get("low_res_channels"):
-        values["low_res"] = zeros(batch_size, config.low_res_channels, max(1, height // 4), max(1, width // 4))
-    arguments: dict[str, Any] = {}
-    for name, parameter in parameters.items():
-        if name in ("sample", "hidden_states", "x"):
-            arguments[name] = image
-        elif values.get(name) is not None:
-            arguments[name] = values[name]
-        elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-            if name not in ("class_labels", "timestep"):
-                raise ValueError(f"`{name}` of {type(model).__name__} is an input that cannot be made up.")
-            arguments[name] = None
-    if not any(value is image for value in arguments.values()):
-        raise ValueError(f"{type(model).__name__} takes no image.")
-    return arguments, image, (height, width)
-
-
-_CLASS_WORDS = ("num_class_embeds", "num_embeds_ada_norm")
-
-
-def _default_size(config) -> Size:
-    size = next(
-        (config[word] for word in ("sample_size", "default_sample_size", "image_size") if config.get(word)), 64
-    )
-    return (size, size) if isinstance(size, int) else tuple(size)[-2:]
-
-
-def _added_conditions(config, batch_size: int, zeros) -> dict[str, Any] | None:
-    if config.get("addition_embed_type") == "text_time":  # Stable Diffusion XL
-        ids = 6 if config.projection_class_embeddings_input_dim % 256 == 0 else 5
-        text = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
-        return {"text_embeds": zeros(batch_size, text), "time_ids": zeros(batch_size, ids)}
-    if "use_additional_conditions" in config:  # PixArt
-        if config.use_additional_conditions or (
-            config.use_additional_conditions is None and config.sample_size == 128
-        ):
-            return {"resolution": zeros(batch_size, 2), "aspect_ratio": zeros(batch_size, 1)}
-        return {"resolution": None, "aspect_ratio": None}
-    return None
-
-
-# Passes on the meta device
 
 
 class _Trace:
@@ -803,10 +224,10 @@ def inspect_source(
     dtype = dtype or weights_dtype(source.folder) or "float32"
     model = build(source)
     kept = _kept_in_float32(model)
-    _cast(model, _DTYPES[dtype], kept)
-    with _quiet():
+    _cast(model, DTYPES[dtype], kept)
+    with quiet():
         try:
-            arguments, image, grid = example_inputs(model, size, batch_size, _DTYPES[dtype])
+            arguments, image, grid = example_inputs(model, size, batch_size, DTYPES[dtype])
             network = _inspect(model, source.name, arguments, image, grid)
         except (RuntimeError, AssertionError, IndexError) as error:
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
@@ -1064,7 +485,7 @@ def _list_of(block: str) -> str | None:
 
 
 def _kind(block: str, shape: torch.Size | None, is_before: bool, is_between: bool) -> str:
-    """Kind of a block that runs before all blocks in lists, or between those on the way down and those on the way up."""
+    """Kind of a block that runs before all that are in lists, or between the last way down and the first up."""
     found = _list_of(block)
     if found is not None:
         return {"down_blocks": "down", "mid_block": "mid", "up_blocks": "up"}.get(found, "block")
@@ -1153,7 +574,7 @@ def _precision(model: ModelMixin, dtype: str, kept: tuple[str, ...], size: int |
     not_cast = tuple(getattr(model, "_skip_layerwise_casting_patterns", None) or ())
     parameters = list(model.named_parameters())
     computed: list[str] = []
-    half = torch.float16 if dtype == "float32" else _DTYPES[dtype]
+    half = torch.float16 if dtype == "float32" else DTYPES[dtype]
     _cast(model, half, kept)
     trace = _Trace(model, ())
     try:
@@ -1214,16 +635,3 @@ def _measure_effective(source: Source, network: Network, grid: Size, effective: 
         return {"effective_of": f"not measured: {error}"}
     images = f"{samples} image{'s' if samples > 1 else ''} of normal noise at timestep {TIMESTEP}"
     return {"effective": round(size, 1), "effective_of": f"{weights}, {images}"}
-
-
-def to_dict(anatomies: Sequence[Anatomy]) -> dict[str, Any]:
-    """Everything, as JSON has it."""
-    entries = []
-    for anatomy in anatomies:
-        totals = {"parameters": anatomy.parameters, "flops": anatomy.flops}
-        entries.append({"title": anatomy.title, **totals, "networks": [asdict(n) for n in anatomy.networks]})
-    return {
-        "schema": "diffusers_ext.anatomy/1",
-        "units": {"flops": "a multiply-add counts 2", "memory": "bytes", "receptive_field": "pixels"},
-        "models": entries,
-    }

@@ -342,13 +342,9 @@ def _windows(
 
 
 def _convolution(
-    part: torch.Tensor, x, weight, output, stride, padding, dilation, transposed: bool, _, groups: int
+    part: torch.Tensor, weight, output, stride, padding, dilation, transposed: bool, _, groups: int
 ) -> torch.Tensor:
     dims = weight.ndim - 2
-    if part.ndim == dims + 1:  # without a batch
-        return _convolution(
-            part[None], x[None], weight, output[None], stride, padding, dilation, transposed, _, groups
-        )[0]
     if groups > 1 and part.shape[1] > 1:
         part = part.unflatten(1, (groups, -1)).amin(2)
         part = part.repeat_interleave(output.shape[1] // groups, dim=1)
