@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers import AutoModel, DDPMScheduler, DiffusionPipeline
+from diffusers import AutoModel, DDIMScheduler, DDPMScheduler, DiffusionPipeline
 
 from diffusers_ext import ADMClassifierModel, ADMUNet2DModel, ClassConditionalPipeline
 from diffusers_ext.conversion import load_original
@@ -277,6 +277,24 @@ def test_every_backbone_becomes_a_pipeline_with_a_null_class(model, options, tmp
     assert images.shape == (2, 1, *[PRESETS[model][1]["sample_size"]] * 2)
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_every_prediction_type_is_what_the_scheduler_takes_it_for(prediction_type, process):
+    """A network that predicts the target without an error has no loss, and the scheduler finds the clean image."""
+    random = torch.Generator().manual_seed(0)
+    x_start, noise = (torch.randn(4, 1, 8, 8, generator=random).clamp(-1, 1) for _ in range(2))
+    timesteps = torch.tensor([0, 300, 700, 999])
+    x_t = process.add_noise(x_start, noise, timesteps)
+    velocity = process.velocity(x_start, noise, timesteps)
+    target = {"epsilon": noise, "v_prediction": velocity, "sample": x_start}[prediction_type]
+    losses = denoising_losses(process, target, x_start, x_t, noise, timesteps, prediction_type)
+    assert losses["loss"].max() == 0
+    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    for i, timestep in enumerate(timesteps):
+        found = scheduler.step(target[i : i + 1], timestep, x_t[i : i + 1]).pred_original_sample
+        torch.testing.assert_close(found, x_start[i : i + 1], rtol=1e-3, atol=1e-3)
+
+
 def test_dropped_labels_become_the_null_class():
     config = replace(
         TINY_UNET,
@@ -301,6 +319,7 @@ def test_dropped_labels_become_the_null_class():
         ({"model": "dit/mnist", "block_out_channels": (8,)}, "`block_out_channels` is not an option of GQADiT"),
         ({"model_options": ("pool=attention",)}, "`pool` is not an option of ADMUNet2DModel"),
         ({"model_options": ("dropout",)}, "`model_options` holds 'dropout'; write name=value"),
+        ({"prediction_type": "sample"}, "`prediction_type` is 'sample', but the variance is learned"),
         ({"class_dropout_prob": 0.1}, r"`class_dropout_prob` \(0.1\) must .* be 0 unless `class_conditional`"),
         ({"class_dropout_prob": 1.0, "class_conditional": True}, r"`class_dropout_prob` \(1.0\) must lie in"),
     ],

@@ -441,10 +441,8 @@ def _receptive_field(
             return ReceptiveField(None, centre.size, exact=False), edges, flow.whole, blocks
         if not _touches(beyond, larger):
             return ReceptiveField(beyond.size, centre.size), edges, flow.whole, blocks
-        if (beyond.top, beyond.left, beyond.bottom, beyond.right) == (0, 0, larger[0] - 1, larger[1] - 1):
-            # Convolutions alone reach the border of the image only by chance; attention always does.
-            if factor > 4 or any(block_field == grid for block_field in blocks.values()):
-                break
+        if flow.attended:
+            break  # it grows with the image, where convolutions alone reach its border by chance
     return ReceptiveField(None, centre.size), edges, flow.whole, blocks
 
 
@@ -623,7 +621,7 @@ def _measure_effective(source: Source, network: Network, grid: Size, effective: 
     if network.parameters > EFFECTIVE_PARAMETERS and getattr(model, "_supports_gradient_checkpointing", False):
         model.enable_gradient_checkpointing()
     arguments, image, _ = example_inputs(model, grid[0])
-    samples = int(min(max(2 * EFFECTIVE_FLOPS / max(network.flops, 1), 1), EFFECTIVE_SAMPLES))
+    samples = int(min(max(EFFECTIVE_FLOPS / max(network.flops, 1), 1), EFFECTIVE_SAMPLES))
 
     def run(sample: torch.Tensor) -> torch.Tensor:
         return _main_tensor(model(**{key: sample if value is image else value for key, value in arguments.items()}))

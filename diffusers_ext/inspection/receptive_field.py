@@ -73,11 +73,13 @@ class FootprintMode(TorchDispatchMode):
 
     Attributes:
         whole: names of operations without a rule, whose outputs were taken to depend on all of their inputs.
+        attended: whether there was attention over what depends on the image.
     """
 
     def __init__(self, image: torch.Tensor, grid: tuple[int, int]):
         super().__init__()
         self.whole: set[str] = set()
+        self.attended = False
         self._table = WeakTensorKeyDictionary()
         self._fresh = WeakTensorKeyDictionary()
         height, width = grid
@@ -180,6 +182,7 @@ class FootprintMode(TorchDispatchMode):
             return [_compact(_merge([rows, columns, *(self._side(x, side) for x in bias)], outputs[0].ndim))]
         elif packet in _ATTENTIONS:
             query, key, value = (self._side(x, side) for x in args[:3])
+            self.attended |= key is not None
             parts = [None if query is None else query.amin(-1, keepdim=True)]
             parts += [x.amin((-2, -1), keepdim=True) for x in (key, value) if x is not None]
             return [_compact(_merge(parts, outputs[0].ndim))] + [None] * (len(outputs) - 1)
@@ -233,7 +236,7 @@ class FootprintMode(TorchDispatchMode):
         # No rule: everything may reach everything.
         parts = [self._side(leaf, side) for leaf in tree_leaves((args, kwargs))]
         least = min(part.min().item() for part in parts if part is not None)
-        if any(part.numel() > 1 for part in parts if part is not None):
+        if least < _NOTHING and any(part.numel() > 1 for part in parts if part is not None):
             self.whole.add(name)
         return [torch.full((1,) * out.ndim, least) for out in outputs]
 

@@ -105,10 +105,12 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class UNetTrainingConfig(TrainingConfig):
-    """Train a backbone that predicts noise and, with learned variance, the variance of each step."""
+    """Train a backbone that removes noise and, with learned variance, says how certain each step is."""
 
     preset: Literal["digits", "mnist", "film-mnist", "dit-gqa-mnist", "ddpm-mnist", "dilated-mnist"] = "digits"
     """where the defaults of all other options come from"""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    """what the network predicts: the noise, v of Salimans and Ho (2022), or the clean image"""
     learned_variance: bool = True
     """twice the output channels and the hybrid loss of improved-diffusion"""
     class_conditional: bool = False
@@ -150,7 +152,15 @@ UNET_PRESETS = {
         preset="mnist", output_dir="runs/mnist-unet", model="adm/mnist-small", max_train_steps=4500, **_MNIST
     ),
     "film-mnist": _unet("film-mnist", model="composable/film-mnist", max_train_steps=3000, **_MNIST, **_LABELLED),
-    "dit-gqa-mnist": _unet("dit-gqa-mnist", model="dit/mnist", max_train_steps=5000, **_MNIST, **_LABELLED),
+    "dit-gqa-mnist": _unet(
+        "dit-gqa-mnist",
+        model="dit/mnist",
+        prediction_type="v_prediction",
+        train_batch_size=32,
+        max_train_steps=7500,
+        **_MNIST,
+        **_LABELLED,
+    ),
     "ddpm-mnist": _unet("ddpm-mnist", model="ddpm/mnist-32", max_train_steps=3000, **_MNIST, **_LABELLED),
     "dilated-mnist": _unet(
         "dilated-mnist", model="dilated/mnist-small", max_train_steps=3000, learned_variance=False, **_MNIST

@@ -43,6 +43,10 @@ class ForwardProcess:
         """Sample `(B, C, H, W)` of q(x_t | x_0) for timesteps `(B,)`, Eq. 4."""
         return self.signal[timesteps] * x_start + self.noise[timesteps] * noise
 
+    def velocity(self, x_start: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """v `(B, C, H, W)` of Salimans and Ho (2022), https://arxiv.org/abs/2202.00512, App. D."""
+        return self.signal[timesteps] * noise - self.noise[timesteps] * x_start
+
     def predict_start(self, x_t: torch.Tensor, epsilon: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """The clean image `(B, C, H, W)` that `x_t` and a prediction of its noise imply; not clipped."""
         return self.sample_over_signal[timesteps] * x_t - self.noise_over_signal[timesteps] * epsilon
@@ -59,8 +63,9 @@ def denoising_losses(
     x_t: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
+    prediction_type: str = "epsilon",
 ) -> dict[str, torch.Tensor]:
-    """Losses of a noise prediction; with learned variance the hybrid loss (Nichol and Dhariwal, Eq. 16).
+    """Squared error of a prediction; with learned variance the hybrid loss (Nichol and Dhariwal, Eq. 16).
 
     The squared error trains the mean; the variational bound, with weight T / 1000, trains only the variances.
 
@@ -70,15 +75,20 @@ def denoising_losses(
             the posterior (-1) and beta (1).
         x_start, x_t, noise: `(B, C, H, W)`.
         timesteps: `(B,)` in `[0, T)`.
+        prediction_type: what is predicted: "epsilon" (the noise), "v_prediction" or "sample" (the clean image). The
+            variance is learned beside the noise only.
 
     Returns:
         Per image `(B,)`, float32: `mse`, the sum `loss`, and with learned variance `vb` as weighted, in bits per
         dimension.
     """
-    epsilon, *variance = model_output.float().split(x_start.shape[1], dim=1)
-    losses = {"mse": F.mse_loss(epsilon, noise, reduction="none").flatten(1).mean(1)}
+    prediction, *variance = model_output.float().split(x_start.shape[1], dim=1)
+    target = x_start if prediction_type == "sample" else noise
+    if prediction_type == "v_prediction":
+        target = process.velocity(x_start, noise, timesteps)
+    losses = {"mse": F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)}
     if variance:
-        bits = variational_bound(process, epsilon.detach(), variance[0], x_start, x_t, timesteps)
+        bits = variational_bound(process, prediction.detach(), variance[0], x_start, x_t, timesteps)
         losses["vb"] = bits * (process.num_timesteps / 1000)
     losses["loss"] = sum(losses.values())
     return losses

@@ -26,13 +26,19 @@ class Task:
     Args:
         config: options.
         device: where batches will be.
-        variance_type: of the scheduler that is saved with the network.
+        variance_type, prediction_type: of the scheduler that is saved with the network.
     """
 
     name: str  # of the component in a pipeline, and of its folder
     data: ImageDataset
 
-    def __init__(self, config: TrainingConfig, device: torch.device | str, variance_type: str = "fixed_small"):
+    def __init__(
+        self,
+        config: TrainingConfig,
+        device: torch.device | str,
+        variance_type: str = "fixed_small",
+        prediction_type: str = "epsilon",
+    ):
         self.config = config
         self.device = device
         self.model_class, self.model_options = network(config)
@@ -40,6 +46,7 @@ class Task:
             config.num_train_timesteps,
             beta_schedule=config.beta_schedule,
             variance_type=variance_type,
+            prediction_type=prediction_type,
             clip_sample=True,
         )
         self.process = ForwardProcess(self.scheduler.betas, device)
@@ -132,10 +139,16 @@ def network(config: TrainingConfig) -> tuple[type[ModelMixin], dict[str, Any]]:
 
 
 class UNetTask(Task):
-    """Predict the noise of an image, and with learned variance how certain each step is."""
+    """Predict the noise of an image, or what it follows from, and with learned variance how certain each step is."""
 
     def __init__(self, config: UNetTrainingConfig, device: torch.device | str = "cpu"):
-        super().__init__(config, device, "learned_range" if config.learned_variance else "fixed_small")
+        variance_type = "learned_range" if config.learned_variance else "fixed_small"
+        super().__init__(config, device, variance_type, config.prediction_type)
+        if config.learned_variance and config.prediction_type != "epsilon":
+            raise ValueError(
+                f"`prediction_type` is {config.prediction_type!r}, but the variance is learned beside the noise only. "
+                'Use "epsilon", or leave the variance fixed with `learned_variance=False`.'
+            )
         if not 0 <= config.class_dropout_prob < 1 or (config.class_dropout_prob and not config.class_conditional):
             raise ValueError(
                 f"`class_dropout_prob` ({config.class_dropout_prob}) must lie in [0, 1), and be 0 unless "
@@ -167,7 +180,9 @@ class UNetTask(Task):
             dropped = torch.rand(len(labels), device=labels.device) < self.config.class_dropout_prob
             labels = labels.masked_fill(dropped, self.data.num_classes)
         model_output = model(x_t, timesteps, labels).sample
-        losses = denoising_losses(self.process, model_output, x_start, x_t, noise, timesteps)
+        losses = denoising_losses(
+            self.process, model_output, x_start, x_t, noise, timesteps, self.config.prediction_type
+        )
         return {name: values.mean() for name, values in losses.items()}
 
     @torch.no_grad()
