@@ -10,7 +10,7 @@ from diffusers import AutoModel
 
 import diffusers_ext
 from diffusers_ext.conversion import presets
-from diffusers_ext.inspection import build, find_sources
+from diffusers_ext.inspection.sources import build, find_sources
 from diffusers_ext.models import PRESETS
 
 

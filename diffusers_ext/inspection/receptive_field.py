@@ -11,6 +11,7 @@ Networks" (2016), https://arxiv.org/abs/1701.04128, Sec. 3: the gradient of the 
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,7 @@ class Rectangle:
 Footprint = list[torch.Tensor]
 
 _NOTHING = float("inf")
+_FACTORY = re.compile(r"::(new_|empty|zeros|ones|full|rand)")  # these take shapes from tensors, not values
 _COPIES = {aten._to_copy, aten.clone, aten.detach, aten.alias, aten.contiguous, aten.lift_fresh, aten.native_dropout}
 _RESHAPES = {aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias}
 _PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.matmul}
@@ -128,12 +130,14 @@ class FootprintMode(TorchDispatchMode):
         outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
         is_view = any(result.alias_info and not result.alias_info.is_write for result in func._schema.returns)
         for tensor in inputs if is_view else []:
-            if tensor in self._fresh:  # its views are going to be written
-                self._table[tensor] = [torch.full(tensor.shape, _NOTHING) for _ in range(4)]
+            if tensor in self._fresh:  # its views may be written, element by element if it is not too large
+                shape = tensor.shape if tensor.numel() <= 2**22 else (1,) * tensor.ndim
+                self._table[tensor] = [torch.full(shape, _NOTHING) for _ in range(4)]
                 del self._fresh[tensor]
+        if not inputs or _FACTORY.search(name := func.name()) and not name.split(".")[0].endswith("_"):
+            self._fresh.update({tensor: None for tensor in outputs})
+            return output
         if not any(tensor in self._table for tensor in inputs):
-            if not inputs or "empty" in func.name() or "zeros" in func.name() or "new_" in func.name():
-                self._fresh.update({tensor: None for tensor in outputs})
             return output
 
         results = [self._apply(packet, func, args, kwargs, outputs, side, is_view) for side in range(4)]
