@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -18,9 +19,10 @@ from diffusers.configuration_utils import register_to_config
 
 from diffusers_ext import ADMClassifierModel, ADMUNet2DModel, DilatedConvDenoiserModel
 from diffusers_ext.cli import main
-from diffusers_ext.inspection import Source, inspect_models, inspect_source
+from diffusers_ext.inspection import Anatomy, Source, inspect_models, inspect_source
 from diffusers_ext.inspection.drawing import text_width
 from diffusers_ext.inspection.receptive_field import FootprintMode, effective_receptive_field
+from diffusers_ext.inspection.report import render
 from diffusers_ext.inspection.sources import find_sources
 
 
@@ -294,7 +296,8 @@ def test_memory_is_what_is_allocated():
 
 def test_memory_grows_with_the_batch(adm):
     larger = inspect_source(Source("tiny", ADMUNet2DModel, UNET), batch_size=3, effective="never")
-    assert larger.memory.activations > 2.9 * adm.memory.activations
+    # Weights of upsampling convolutions that are computed are kept as well, whatever the batch.
+    assert larger.memory.activations > 2.5 * adm.memory.activations
     assert larger.memory.weights == adm.memory.weights and larger.flops > 2.5 * adm.flops
 
 
@@ -361,8 +364,17 @@ def trio(tmp_path_factory):
     return [unet, f"{unet}+{root / 'classifier'}", str(root / "dilated")]
 
 
-def test_json_has_everything(trio):
-    data = json.loads(inspect_models(trio, format="json", effective="never"))
+@pytest.fixture(scope="module")
+def anatomies(trio):
+    found = []
+    for title, model in zip(["one", "both", "column"], trio):
+        networks = [inspect_source(source, effective="never") for source in find_sources(model)]
+        found.append(Anatomy(title, tuple(networks)))
+    return found
+
+
+def test_json_has_everything(anatomies):
+    data = json.loads(render(anatomies, "json"))
     assert data["schema"] == "diffusers_ext.anatomy/1"
     first, both, _ = data["models"]
     assert [network["model_class"] for network in both["networks"]] == ["ADMUNet2DModel", "ADMClassifierModel"]
@@ -371,15 +383,15 @@ def test_json_has_everything(trio):
     assert head["attention"][0]["kind"] == "pool" and head["attention"][0]["resolution"] == [8, 8]
 
 
-def test_table_fits_a_terminal_and_compares(trio):
-    text = inspect_models(trio, format="table", effective="never", titles=["one", "both", "column"])
+def test_table_fits_a_terminal_and_compares(anatomies):
+    text = render(anatomies, "table")
     assert max(len(line) for line in text.splitlines()) <= 120
     comparison = text[text.index("\ncomparison\n") :]
     header, parameters = (next(line for line in comparison.splitlines() if word in line) for word in ("both", "param"))
     assert header.split() == ["one", "both", "column"]
     assert len(re.findall(r"[\d.]+ [kM]", parameters)) == 1 + 3 + 1  # both of them, and their sum
     assert "blocks.1 .. 7, each" in text and "total" in text
-    alone = inspect_models(trio[:1], effective="never")
+    alone = render(anatomies[:1], "table")
     assert "comparison" not in alone and "up_blocks.1" in alone
 
 
@@ -418,12 +430,11 @@ def overlaps(boxes, margin):
     ]
 
 
-def test_drawing(trio):
+def test_drawing(anatomies):
     titles = ["<script>&\x00", 'a "title" that is longer than the drawing below it, much longer', "column"]
-    svg = inspect_models(trio, format="svg", effective="never", titles=titles)
+    svg = render([replace(anatomy, title=title) for anatomy, title in zip(anatomies, titles)], "svg")
     root, texts, blocks = boxes_of(svg)
-    data = json.loads(inspect_models(trio, format="json", effective="never"))
-    expected = [b for m in data["models"] for n in m["networks"] for b in n["blocks"] if b["name"]]
+    expected = [b for anatomy in anatomies for network in anatomy.networks for b in network.blocks if b.name]
     assert len(blocks) == len(expected)
     assert overlaps(texts, 1) == [] and overlaps(blocks, 1) == []
     width, height = float(root.get("width")), float(root.get("height"))
@@ -436,8 +447,8 @@ def test_drawing(trio):
     assert background.get("fill").startswith("#") and float(background.get("width")) == width
 
 
-def test_page_is_self_contained(trio):
-    page = inspect_models(trio[:2], format="html", effective="never")
+def test_page_is_self_contained(anatomies):
+    page = render(anatomies[:2], "html")
     reader = Reader()
     reader.feed(page)
     assert reader.links == [] and "script" not in reader.tags and "@import" not in page and "url(http" not in page
@@ -448,7 +459,7 @@ def test_page_is_self_contained(trio):
 def test_command(trio, tmp_path, capsys):
     main(["inspect", trio[2], "--size", "20", "--effective", "never"])
     assert "1x1x20x20" in capsys.readouterr().out
-    main(["inspect", *trio[:2], "--output", str(tmp_path / "new" / "both.svg"), "--effective", "never"])
+    main(["inspect", trio[0], trio[2], "--output", str(tmp_path / "new" / "both.svg"), "--effective", "never"])
     assert capsys.readouterr().out == ""
     ElementTree.parse(tmp_path / "new" / "both.svg")
     with pytest.raises(SystemExit, match="multiples of 2"):

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,11 +32,17 @@ class Source:
 
 
 def named_sources() -> dict[str, tuple[type[ModelMixin], dict[str, Any]] | None]:
-    """All presets: class and config of named sizes; None for released checkpoints, whose config has to be derived."""
-    from diffusers_ext import models
-    from diffusers_ext.conversion import presets
+    """All presets: class and config of named sizes; None for released checkpoints, whose config has to be derived.
 
-    return {**dict.fromkeys(presets), **getattr(models, "PRESETS", {})}
+    A named size goes by its name alone as well where that means one thing only: "film" for "composable/film".
+    """
+    from diffusers_ext.conversion import presets
+    from diffusers_ext.models import PRESETS
+
+    short = {name: name.partition("/")[2] for name in PRESETS}
+    counts = Counter(short.values())
+    unique = {short[name]: size for name, size in PRESETS.items() if counts[short[name]] == 1}
+    return {**unique, **dict.fromkeys(presets), **PRESETS}
 
 
 def find_sources(model: str) -> list[Source]:
