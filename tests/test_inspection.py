@@ -508,6 +508,13 @@ def test_config_reaches_nothing_but_models(name, tmp_path):
         inspect_models([str(tmp_path)])
 
 
+def test_config_that_its_class_does_not_take(tmp_path):
+    config = {"_class_name": "ADMUNet2DModel", "block_out_channels": "wide"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="ADMUNet2DModel does not take"):
+        inspect_models([str(tmp_path)])
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", "\x00"])
 def test_config_that_is_none(text, tmp_path):
     (tmp_path / "config.json").write_text(text)

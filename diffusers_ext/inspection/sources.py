@@ -182,11 +182,20 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def build(source: Source, device: str = "meta") -> ModelMixin:
-    """The network of a source, without its weights."""
+    """The network of a source, without its weights.
+
+    Raises:
+        ValueError: when its class does not take its config.
+    """
     with quiet(), torch.device(device):
-        if "_class_name" in source.config:
-            return source.model_class.from_config(source.config).eval()
-        return source.model_class(**source.config).eval()
+        try:
+            if "_class_name" in source.config:
+                return source.model_class.from_config(source.config).eval()
+            return source.model_class(**source.config).eval()
+        except (TypeError, AttributeError, KeyError, IndexError, RuntimeError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"`models` has {source.name!r}, whose config {source.model_class.__name__} does not take: {error}"
+            ) from error
 
 
 def weights_dtype(folder: Path | None) -> str | None:

@@ -11,7 +11,6 @@ from diffusers_ext.models.unet_ddpm import DDPMUNet2DModel
 
 
 __all__ = [
-    "PRESETS",
     "ADMClassifierModel",
     "ADMUNet2DModel",
     "ComposableUNet2DModel",
