@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from judge import MNIST, Judge
+from guided_digits import MNIST
 from sections import write_section
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
@@ -29,8 +29,11 @@ from tqdm.auto import tqdm
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, ModelMixin
 
 from diffusers_ext import ClassConditionalPipeline
+from diffusers_ext.evaluation.features import FeatureExtractor, extract, load_features
+from diffusers_ext.evaluation.judge import NeighbourJudge, judge_accuracy, read_split
+from diffusers_ext.evaluation.metrics import frechet
 from diffusers_ext.training.config import UNetTrainingConfig
-from diffusers_ext.training.data import ImageDataset
+from diffusers_ext.training.data import Batch
 from diffusers_ext.training.loop import train
 from diffusers_ext.training.tasks import UNetTask, image_grid, to_unit_range
 
@@ -82,6 +85,27 @@ class Options:
     """Markdown file in which the section of this dataset is replaced or added"""
 
 
+@dataclass(frozen=True)
+class Yardstick:
+    """What samples are measured by: training images make the judge and the features, held-out ones the reference."""
+
+    judge: NeighbourJudge
+    features: FeatureExtractor
+    held_out: Batch
+    reference: torch.Tensor
+    """features of the held-out images"""
+
+    @classmethod
+    def of(cls, options: Options) -> "Yardstick":
+        size, channels = options.sample_size, options.in_channels
+        train, held_out = (
+            read_split(options.dataset, split, sample_size=size, channels=channels) for split in ("train", "test")
+        )
+        features = load_features("pca64", reference=train.images)
+        judge = NeighbourJudge(train.images, train.labels)
+        return cls(judge, features, held_out, extract(features, held_out.images))
+
+
 def main(options: Options) -> None:
     """Train what is not trained yet, measure, print the table."""
     configs = {name: training_config(name, options) for name in options.backbones}
@@ -92,13 +116,13 @@ def main(options: Options) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
 
-    judge = Judge(options.dataset, options.sample_size, options.in_channels)
+    yardstick = Yardstick.of(options)
     rows = {}
     for name, pipe in pipes.items():
         path = Path(configs[name].output_dir) / "result.json"
         if not path.exists():
             pipe.to(device, dtype)
-            result = evaluate(pipe, judge, options, path.with_name("samples.png"))
+            result = evaluate(pipe, yardstick, options, path.with_name("samples.png"))
             path.write_text(json.dumps(result, indent=2) + "\n")
         rows[name] = json.loads(path.read_text())
     speeds = measure_speed(configs, pipes, device, dtype, options)
@@ -120,7 +144,7 @@ def main(options: Options) -> None:
     print(table)
     if options.results is not None:
         name = Path(options.dataset).name
-        text = f"## {name}\n\n{description(options, judge, device)}\n\n{table}"
+        text = f"## {name}\n\n{description(options, yardstick, device)}\n\n{table}"
         write_section(options.results, name, text, title="Results")
 
 
@@ -176,10 +200,12 @@ def load(folder: Path) -> ClassConditionalPipeline:
     return pipe
 
 
-def evaluate(pipe: ClassConditionalPipeline, judge: Judge, options: Options, picture: Path) -> dict[str, float]:
+def evaluate(
+    pipe: ClassConditionalPipeline, yardstick: Yardstick, options: Options, picture: Path
+) -> dict[str, float]:
     """Loss on held-out images; accuracy and Frechet distance of samples, which are drawn into `picture` as well."""
     count = options.num_samples
-    labels = np.arange(count) % judge.held_out.num_classes
+    labels = np.arange(count) % yardstick.judge.num_classes
     samples = []
     for start in tqdm(range(0, count, 100), desc=f"{type(denoiser(pipe)).__name__} samples", unit_scale=100):
         batch = labels[start : start + 100]
@@ -197,20 +223,19 @@ def evaluate(pipe: ClassConditionalPipeline, judge: Judge, options: Options, pic
     image_grid(to_unit_range(pixels[:100])).save(picture)
 
     return {
-        "test_loss": test_loss(pipe, judge.held_out, options),
-        "accuracy": judge.accuracy(pixels, labels),
-        "frechet_distance": judge.frechet_distance(pixels),
+        "test_loss": test_loss(pipe, yardstick.held_out, options),
+        "accuracy": judge_accuracy(yardstick.judge, pixels, labels).value,
+        "frechet_distance": frechet(extract(yardstick.features, pixels), yardstick.reference).value,
     }
 
 
 @torch.no_grad()
-def test_loss(pipe: ClassConditionalPipeline, held_out: ImageDataset, options: Options) -> float:
+def test_loss(pipe: ClassConditionalPipeline, held_out: Batch, options: Options) -> float:
     """Mean squared error of the predicted noise over the first 1000 held-out images, each at one random timestep."""
     model, generator = denoiser(pipe), torch.Generator().manual_seed(options.seed)
     process = DDPMScheduler.from_config(pipe.scheduler.config)  # others know the noise of their own steps only
     losses = []
-    for start in range(0, min(1000, len(held_out)), 100):
-        images, labels = held_out.__getitems__(list(range(start, min(start + 100, len(held_out)))))
+    for images, labels in zip(held_out.images[:1000].split(100), held_out.labels[:1000].split(100)):
         clean = to_unit_range(images)
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(1000, (len(clean),), generator=generator)
@@ -261,19 +286,21 @@ def measure_speed(
     return {name: {k: statistics.median(v[1:]) for k, v in kinds.items()} for name, kinds in times.items()}
 
 
-def description(options: Options, judge: Judge, device: str) -> str:
+def description(options: Options, yardstick: Yardstick, device: str) -> str:
     """What was done, where and when."""
     defaults = asdict(Options())
     places = ("dataset", "output_dir", "results")
     changed = {k: v for k, v in asdict(options).items() if v != defaults[k] and k not in places}
     arguments = "".join(f" --{k} {' '.join(v) if isinstance(v, tuple) else v}" for k, v in changed.items())
+    held_out = yardstick.held_out
+    accuracy = judge_accuracy(yardstick.judge, held_out.images, held_out.labels).value
     hardware = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     return (
         f"`python benchmarks/backbones.py{arguments}`, {date.today()}, {hardware}, "
         f"CPU threads: {torch.get_num_threads()}, torch {torch.__version__}.\n\n"
         f"Each backbone: {options.forward_tflops:g} TFLOPs of forward passes, batches of {options.train_batch_size}, "
         f"the same order of images. Samples: {options.num_samples}, by DDIM in {options.num_inference_steps} "
-        f"steps, guidance scale {options.guidance_scale:g}. The judge reads {judge.accuracy_on_held_out():.1%} of the "
+        f"steps, guidance scale {options.guidance_scale:g}. The judge reads {accuracy:.1%} of the "
         "test images right."
     )
 

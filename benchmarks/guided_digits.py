@@ -16,16 +16,20 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from judge import MNIST, Judge
 from PIL import Image
 from tqdm.auto import tqdm
 
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 
 import diffusers_ext  # noqa: F401, for DiffusionPipeline to find our classes
+from diffusers_ext.evaluation.features import extract, load_features
+from diffusers_ext.evaluation.judge import NeighbourJudge, judge_accuracy, read_split
+from diffusers_ext.evaluation.metrics import frechet
 
 
 ROOT = Path(__file__).resolve().parents[1]
+LOCAL_MNIST = ROOT.parent / "shared" / "data" / "mnist"
+MNIST = str(LOCAL_MNIST) if LOCAL_MNIST.is_dir() else "ylecun/mnist"
 SCHEDULERS = {
     "ddpm": (DDPMScheduler, 250),
     "ddim": (DDIMScheduler, 50),
@@ -74,9 +78,14 @@ def main(options: Options) -> None:
     pipe.to(options.device).set_progress_bar_config(disable=True)
 
     network = pipe.components.get("transformer") or pipe.unet
-    judge = Judge(options.dataset, network.config.sample_size, neighbours=options.neighbours)
-    judge_accuracy = judge.accuracy_on_held_out()
-    print(f"The judge reads {judge_accuracy:.2%} of MNIST's test images right.\n")
+    train, held_out = (
+        read_split(options.dataset, split, sample_size=network.config.sample_size) for split in ("train", "test")
+    )
+    judge = NeighbourJudge(train.images, train.labels, options.neighbours)
+    features = load_features("pca64", reference=train.images)
+    reference = extract(features, held_out.images)
+    held_out_accuracy = judge_accuracy(judge, held_out.images, held_out.labels).value
+    print(f"The judge reads {held_out_accuracy:.2%} of MNIST's test images right.\n")
     print(f"| scheduler | steps | guidance scale | accuracy of {options.num_samples} samples | FD-PCA64 | images/s |")
     print("|---|---|---|---|---|---|")
 
@@ -91,8 +100,8 @@ def main(options: Options) -> None:
             start = time.perf_counter()
             images = draw(pipe, labels, scale, steps, options)
             speed = len(images) / (time.perf_counter() - start)
-            accuracy = None if labels is None else judge.accuracy(images, labels)
-            distance = judge.frechet_distance(images)
+            accuracy = None if labels is None else judge_accuracy(judge, images, labels).value
+            distance = frechet(extract(features, images), reference).value
             told = ["–", "–"] if labels is None else [f"{scale:g}", f"{accuracy:.1%}"]
             print(
                 f"| {scheduler_class.__name__} | {steps} | {' | '.join(told)} | {distance:.2f} | {speed:.2f} |",
@@ -102,7 +111,7 @@ def main(options: Options) -> None:
             rows.append(row | {"accuracy": accuracy, "frechet_distance": distance, "images_per_second": speed})
             pictures.append(np.concatenate(images[:NUM_CLASSES, 0].numpy(), axis=1))
             if options.json is not None:
-                result = {"judge_accuracy": judge_accuracy, "rows": rows, "options": asdict(options)}
+                result = {"judge_accuracy": held_out_accuracy, "rows": rows, "options": asdict(options)}
                 options.json.parent.mkdir(parents=True, exist_ok=True)
                 options.json.write_text(json.dumps(result, indent=2, default=str) + "\n")
             if options.picture is not None:

@@ -1,19 +1,27 @@
-"""The `diffusers-ext` command: `train unet`, `train classifier`, `convert`, `inspect`."""
+"""The `diffusers-ext` command: `train unet`, `train classifier`, `sample`, `evaluate`, `convert`, `inspect`."""
 
 import argparse
+import difflib
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+import yaml
 
+from diffusers_ext.evaluation.evaluate import EvaluateConfig
+from diffusers_ext.evaluation.sampling import SampleConfig
 from diffusers_ext.training.config import (
     CLASSIFIER_PRESETS,
     UNET_PRESETS,
     ClassifierTrainingConfig,
+    TrainingConfig,
     UNetTrainingConfig,
 )
+
+
+TRAININGS = {"unet": UNET_PRESETS, "classifier": CLASSIFIER_PRESETS}
 
 
 @dataclass(frozen=True)
@@ -62,13 +70,20 @@ class Inspect:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command.
+    """Run the command. What the user can mend ends it with one line instead of a traceback.
 
     Args:
         args: command line without the program's name; None takes that of the process.
     """
     args = sys.argv[1:] if args is None else args
-    command = tyro.cli(_commands(args), prog="diffusers-ext", args=args, use_underscores=True)
+    try:
+        command = _parse(args)
+        _run(command)
+    except (ValueError, FloatingPointError) as error:
+        sys.exit(f"diffusers-ext {args[0] if args else ''}: {error}")
+
+
+def _run(command: object) -> None:
     if isinstance(command, Convert):
         from diffusers_ext.conversion.convert import convert_checkpoint
 
@@ -76,36 +91,96 @@ def main(args: list[str] | None = None) -> None:
     elif isinstance(command, Inspect):
         from diffusers_ext.inspection import inspect_models
 
-        try:
-            text = inspect_models(**asdict(command))
-        except ValueError as error:
-            sys.exit(f"diffusers-ext inspect: {error}")
+        text = inspect_models(**asdict(command))
         if command.output is None:
             print(text, end="")
+    elif isinstance(command, SampleConfig):
+        from diffusers_ext.evaluation.sampling import sample
+
+        sample(command)
+    elif isinstance(command, EvaluateConfig):
+        from diffusers_ext.evaluation.evaluate import evaluate
+
+        evaluate(command)
     elif command.dry_run:
-        for name, value in asdict(command).items():
-            print(f"{name}: {value}")
+        from diffusers_ext.training.dry_run import describe
+
+        print(describe(command), end="")
     else:
         from diffusers_ext.training.loop import train
 
         train(command)
 
 
-def _commands(args: list[str]) -> type:
-    """The subcommands; the preset named in `args` gives the defaults of a training's other options."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset")
-    preset = parser.parse_known_args(args)[0].preset
-    unet = UNET_PRESETS.get(preset, UNET_PRESETS["digits"])
-    classifier = CLASSIFIER_PRESETS.get(preset, CLASSIFIER_PRESETS["digits"])
+def _parse(args: list[str]) -> object:
+    """The options of a subcommand. Of a training they come from the preset, a file and the command line, in this
+    order: what the file says stands before what was typed, where the last word counts."""
+    presets = {}
+    if args[:1] == ["train"] and len(args) > 1 and args[1] in TRAININGS:
+        presets = TRAININGS[args[1]]
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--preset")
+        first.add_argument("--config")
+        typed = first.parse_known_args(args[2:])[0]
+        in_file = {} if typed.config is None else read_options(Path(typed.config), type(presets["digits"]))
+        preset = typed.preset or in_file.pop("preset", None)
+        if preset not in presets and preset is not None and typed.preset is None:
+            raise ValueError(f"`preset` in {typed.config} is {preset!r}; it must be one of {', '.join(presets)}.")
+        presets = {args[1]: presets.get(preset, presets["digits"])}
+        args = [*args[:2], *_as_arguments(in_file), *args[2:]]
+    return tyro.cli(_commands(presets), prog="diffusers-ext", args=args, use_underscores=True)
+
+
+def _commands(defaults: dict[str, TrainingConfig]) -> type:
+    """The subcommands, with the presets that trainings start from."""
+    unet = defaults.get("unet", UNET_PRESETS["digits"])
+    classifier = defaults.get("classifier", CLASSIFIER_PRESETS["digits"])
     tasks = (
         Annotated[UNetTrainingConfig, tyro.conf.subcommand("unet", default=unet)]
         | Annotated[ClassifierTrainingConfig, tyro.conf.subcommand("classifier", default=classifier)]
     )
-    train = tyro.conf.subcommand("train", description="Train a component of a pipeline.")
-    convert = tyro.conf.subcommand("convert")
-    inspect = tyro.conf.subcommand("inspect")
-    return Annotated[tasks, train] | Annotated[Convert, convert] | Annotated[Inspect, inspect]
+    return (
+        Annotated[tasks, tyro.conf.subcommand("train", description="Train a component of a pipeline.")]
+        | Annotated[SampleConfig, tyro.conf.subcommand("sample")]
+        | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
+        | Annotated[Convert, tyro.conf.subcommand("convert")]
+        | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    )
+
+
+def read_options(path: Path, config_class: type[TrainingConfig]) -> dict[str, Any]:
+    """Options of a training by name, out of a YAML or JSON file.
+
+    Raises:
+        ValueError: for a file that cannot be read, and names that are no options.
+    """
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"`config` ({str(path)!r}) cannot be read as YAML: {error}") from error
+    options = {} if options is None else options
+    if not isinstance(options, dict):
+        raise ValueError(
+            f"`config` ({str(path)!r}) holds a {type(options).__name__}; it must hold `option: value` lines."
+        )
+    names = [field.name for field in fields(config_class)]
+    for name in options:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else " `--help` lists them."
+            raise ValueError(f"`config` ({str(path)!r}) holds {name!r}, which is no option of this training.{hint}")
+    return {name: value for name, value in options.items() if name not in ("config", "dry_run")}
+
+
+def _as_arguments(options: dict[str, Any]) -> list[str]:
+    """Options as they would be typed, so that those of a file are checked like typed ones."""
+    arguments = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            arguments.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the sampling loops of the pipelines have in common: class names, checks, timesteps, one way to call `step`.
+"""What the sampling loops of the pipelines have in common: class names, texts, checks, timesteps, how to call `step`.
 
-Shapes: B batch, C channels, H and W pixels. This file imports torch, diffusers and `diffusers_ext.guidance` only, so
-that it can travel inside an exported pipeline.
+Shapes: B batch, C channels, H and W pixels, P texts, T tokens of each, D their width. This file imports torch,
+diffusers and `diffusers_ext.guidance` only, so that it can travel inside an exported pipeline.
 """
 
 import contextlib
@@ -9,9 +9,11 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import diffusers
@@ -23,6 +25,7 @@ from diffusers_ext.guidance import is_a
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 ANCESTRAL_SCHEDULERS = ("DDPMScheduler", "DDPMParallelScheduler")
+MAX_TEXT_LENGTH = 77  # tokens, that of CLIP, where neither tokenizer nor text encoder has a limit
 
 ClassLabels = int | str | Sequence["ClassLabels"] | torch.Tensor
 Generators = torch.Generator | list[torch.Generator] | None
@@ -43,7 +46,7 @@ DENOISER = (
     "models.UNet2DModel | models.ADMUNet2DModel | models.ComposableUNet2DModel | models.DDPMUNet2DModel"
     " | models.DilatedConvDenoiserModel | models.DiTTransformer2DModel | models.GQADiTTransformer2DModel"
 )
-OPTIONAL_DENOISER = f"{DENOISER} | None"
+OPTIONAL_DENOISER = f"{DENOISER} | models.UNet2DConditionModel | None"
 
 
 class ClassNames:
@@ -125,6 +128,157 @@ def image_channels(model: nn.Module) -> int:
 def output_channels(model: nn.Module) -> int:
     """Channels that a denoising network predicts: C, or 2C with a learned variance."""
     return model.config.get("out_channels") or model.config.in_channels
+
+
+def context_dim(model: nn.Module) -> int | None:
+    """Width D of the `encoder_hidden_states` that a denoising network attends to; None where it takes none."""
+    dim = model.config.get("encoder_hid_dim") or model.config.get("cross_attention_dim")
+    return dim if dim is None or isinstance(dim, int) else dim[0]  # UNet2DConditionModel may name one per level
+
+
+def text_dim(text_encoder: nn.Module) -> int:
+    """Width D of what a text encoder of transformers puts out."""
+    return text_encoder.config.get_text_config().hidden_size
+
+
+def max_text_length(tokenizer, text_encoder: nn.Module) -> int:
+    """Most tokens T of a text that both tokenizer and text encoder of transformers take, or 77 if neither says."""
+    positions = getattr(text_encoder.config.get_text_config(), "max_position_embeddings", None)
+    limit = min(tokenizer.model_max_length, positions or math.inf)
+    return limit if limit < 1e6 else MAX_TEXT_LENGTH  # tokenizers say 1e30 for none
+
+
+def encode_text(
+    tokenizer, text_encoder: nn.Module, texts: Sequence[str], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last hidden states of texts, all of one length: longer ones are cut, shorter ones padded with masked zeros.
+
+    Args:
+        tokenizer: any of transformers, with or without a padding token.
+        text_encoder: any of transformers that returns `last_hidden_state`.
+        texts: P of them.
+        device: where the text encoder runs.
+
+    Returns:
+        States `(P, T, D)` and int64 mask `(P, T)`, 1 where there is a token, T being `max_text_length`.
+    """
+    length = max_text_length(tokenizer, text_encoder)
+    rows = tokenizer(list(texts), truncation=True, max_length=length, return_attention_mask=False).input_ids
+    # Padded here, since tokenizers do it on either side or not at all; the padding's id is never seen.
+    padding = tokenizer.pad_token_id or 0
+    ids = torch.tensor([row + [padding] * (length - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
+    states = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    return states.masked_fill(mask[..., None] == 0, 0), mask
+
+
+def pad_text(states: torch.Tensor, mask: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """States `(P, T, D)` and mask `(P, T)` with masked zeros up to T = `length`."""
+    missing = length - states.shape[1]
+    return F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing))
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """What a call of a pipeline says in words, or already encoded. The arguments have the names of diffusers.
+
+    Raises:
+        ValueError: for what is no text, is given twice, or does not fit what it belongs to.
+    """
+
+    prompt: str | list[str] | None = None
+    negative_prompt: str | list[str] | None = None
+    prompt_embeds: torch.Tensor | None = None
+    prompt_attention_mask: torch.Tensor | None = None
+    negative_prompt_embeds: torch.Tensor | None = None
+    negative_prompt_attention_mask: torch.Tensor | None = None
+
+    def __post_init__(self):
+        for name, texts, embeds, mask in self._sides():
+            if texts is not None and embeds is not None:
+                raise ValueError(f"`{name}` and `{name}_embeds` are both given; give one of them.")
+            if texts is not None and not isinstance(texts, str):
+                if not isinstance(texts, list | tuple) or not texts or not all(isinstance(x, str) for x in texts):
+                    raise ValueError(f"`{name}` is {texts!r}; it must be a text (str), or a list of at least one.")
+            if embeds is not None and (not isinstance(embeds, torch.Tensor) or embeds.ndim != 3):
+                shape = tuple(getattr(embeds, "shape", ()))
+                raise ValueError(f"`{name}_embeds` has shape {shape}; it must be a tensor (texts, tokens, width).")
+            if mask is not None and embeds is None:
+                raise ValueError(f"`{name}_attention_mask` was given without `{name}_embeds`, which it masks.")
+            if mask is not None and getattr(mask, "shape", None) != embeds.shape[:2]:
+                raise ValueError(
+                    f"`{name}_attention_mask` has shape {tuple(getattr(mask, 'shape', ()))}; it must be a tensor "
+                    f"{tuple(embeds.shape[:2])}, one entry per token of `{name}_embeds`."
+                )
+        if self.negative_prompt_embeds is not None and self.prompt is None and self.prompt_embeds is None:
+            raise ValueError("`negative_prompt_embeds` were given alone; give `prompt` or `prompt_embeds` too.")
+
+    @property
+    def given(self) -> bool:
+        """Whether the call says anything."""
+        return any(value is not None for value in vars(self).values())
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Number of texts, by argument."""
+        lengths = {}
+        for name, texts, embeds, _ in self._sides():
+            if texts is not None:
+                lengths[name] = 1 if isinstance(texts, str) else len(texts)
+            if embeds is not None:
+                lengths[f"{name}_embeds"] = len(embeds)
+        return lengths
+
+    def check(self, name: str, model: nn.Module, tokenizer, text_encoder: nn.Module | None) -> None:
+        """Raises a ValueError unless the denoising network `model`, the component `name`, can be told this."""
+        dim = context_dim(model)
+        if dim is None:
+            if self.given:
+                raise ValueError(
+                    f"`{next(iter(self.lengths))}` was given, but `{name}` attends to no text (`cross_attention_dim` "
+                    "is None). Leave it None, or train a network with captions, such as ComposableUNet2DModel with "
+                    "`cross_attention_dim`."
+                )
+            return
+        words = [word for word in ("prompt", "negative_prompt") if getattr(self, word) is not None]
+        for missing, component in (("text_encoder", text_encoder), ("tokenizer", tokenizer)):
+            if words and component is None:
+                raise ValueError(
+                    f"`{words[0]}` was given, but the pipeline has no `{missing}`. Load one (`pipe.{missing} = ...`), "
+                    f"or encode the text elsewhere and give `{words[0]}_embeds`."
+                )
+        for argument in ("prompt_embeds", "negative_prompt_embeds"):
+            embeds = getattr(self, argument)
+            if embeds is not None and embeds.shape[2] != dim:
+                raise ValueError(
+                    f"`{argument}` is {embeds.shape[2]} wide, but `{name}` attends to {dim} (`cross_attention_dim`). "
+                    "Encode the text with the encoder that the network was trained with."
+                )
+        reads = text_encoder is not None and tokenizer is not None
+        encodes = self.prompt_embeds is None or self.negative_prompt_embeds is None
+        if reads and encodes and text_dim(text_encoder) != dim:
+            raise ValueError(
+                f"`text_encoder` {type(text_encoder).__name__} puts out {text_dim(text_encoder)} wide tokens, but "
+                f"`{name}` attends to {dim} (`cross_attention_dim`). Use the encoder that it was trained with."
+            )
+        argument = inspect.signature(model.forward).parameters.get("encoder_hidden_states")
+        required = argument is not None and argument.default is argument.empty
+        if required and self.prompt_embeds is None and not reads:
+            raise ValueError(
+                f"`prompt_embeds` is None, but `{name}` {type(model).__name__} has to be told something, and there is "
+                "no `text_encoder`. Give `prompt_embeds`, or the pipeline a `text_encoder` and `tokenizer`."
+            )
+
+    def _sides(self) -> list[tuple]:
+        return [
+            ("prompt", self.prompt, self.prompt_embeds, self.prompt_attention_mask),
+            (
+                "negative_prompt",
+                self.negative_prompt,
+                self.negative_prompt_embeds,
+                self.negative_prompt_attention_mask,
+            ),
+        ]
 
 
 def height_width(sample_size: int | Sequence[int]) -> tuple[int, int]:
@@ -219,6 +373,16 @@ def check_class_ids(class_ids: list[int], limit: int) -> None:
         raise ValueError(f"`class_labels` holds {unknown}; ids of classes go from 0 to {limit - 1}.")
 
 
+def check_num_images(num_images_per_prompt: int, batch_size: int | None) -> None:
+    """Raises a ValueError unless both can hold."""
+    if not isinstance(num_images_per_prompt, Integral) or num_images_per_prompt < 1:
+        raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt!r}; it must be an integer of at least 1.")
+    if num_images_per_prompt > 1 and batch_size is not None:
+        raise ValueError(
+            f"`num_images_per_prompt` is {num_images_per_prompt} and `batch_size` {batch_size}; give one of them."
+        )
+
+
 def prepare_timesteps(
     scheduler: SchedulerMixin, num_inference_steps: int, batch_size: int, device: torch.device
 ) -> tuple[torch.Tensor, list[float]]:
@@ -258,7 +422,7 @@ def predict(
     model: nn.Module,
     sample: torch.Tensor,
     timestep: torch.Tensor,
-    class_ids: torch.Tensor | None,
+    class_ids: torch.Tensor | None = None,
     cache: str = "cond",
     **inputs,
 ) -> torch.Tensor:
@@ -270,7 +434,7 @@ def predict(
         timestep: one for all images, 0-d or a row of equal ones.
         class_ids: `(B,)`, or None for an unconditional network.
         cache: under which name `enable_cache` keeps what the steps share; predictions of one step differ in it.
-        inputs: further inputs of this network.
+        inputs: further inputs of this network, such as `encoder_hidden_states`.
     """
     if class_ids is not None:
         inputs["class_labels"] = class_ids

@@ -1,13 +1,13 @@
-"""Images of a wanted class, or of any, from one diffusion model: UNet or transformer, in pixels or in latents.
+"""Images of a wanted class, of a text, or of any, from one diffusion model, in pixels or in latents.
 
 Classifier-free guidance: Ho and Salimans (2022), https://arxiv.org/abs/2207.12598. Autoguidance: Karras et al. (2024),
-https://arxiv.org/abs/2406.02507. Both move the prediction for the class away from a worse one,
+https://arxiv.org/abs/2406.02507. Both move the prediction for the class and the text away from a worse one,
 
     guided = worse + s (prediction - worse)
 
 which every parameterisation of a denoising network allows, since all are linear in the expected clean image.
 
-Shapes: B batch, C channels of image or latent, H and W its pixels.
+Shapes: B batch, C channels of image or latent, H and W its pixels, P texts, T tokens of each, D their width.
 """
 
 import contextlib
@@ -15,26 +15,34 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.guiders import AutoGuidance, BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 
 from diffusers_ext.guidance import check_scheduler
 from diffusers_ext.sampling import (
     OPTIONAL_DENOISER,
     ClassLabels,
     ClassNames,
+    Prompts,
     check_arguments,
     check_channels,
     check_class_ids,
+    check_num_images,
+    context_dim,
+    encode_text,
     guided_calls,
     height_width,
     image_channels,
+    max_text_length,
     models,  # noqa: F401  the annotations are evaluated here
     null_label,
     num_classes,
     output_channels,
+    pad_text,
     predict,
     prepare_sample,
     prepare_timesteps,
@@ -51,14 +59,17 @@ BOTH = ["pred_cond", "pred_uncond"]
 KNOWN_PREDICTIONS = (*BOTH, "pred_cond_skip")
 
 Prediction = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+Text = tuple[torch.Tensor, torch.Tensor]  # hidden states (P, T, D) of texts and their mask (P, T)
+
+logger = logging.get_logger(__name__)
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Samples images of a class, or of any, with classifier-free guidance, autoguidance or a guider of diffusers.
+    """Samples images of a class, a text, or any, with classifier-free guidance, autoguidance or a guider of diffusers.
 
     Args:
-        unet: denoising network: any of this package, or `UNet2DModel`. Twice the image channels at the output are a
-            prediction and a learned variance.
+        unet: denoising network: any of this package, `UNet2DModel` or `UNet2DConditionModel`. Twice the image channels
+            at the output are a prediction and a learned variance.
         scheduler: every scheduler of diffusers that samples from such a network, see the table in the README.
         transformer: denoising network in place of `unet`: `GQADiTTransformer2DModel` or `DiTTransformer2DModel`.
         vae: decoder of the latents that the network draws. None: it draws images.
@@ -69,13 +80,26 @@ class ClassConditionalPipeline(DiffusionPipeline):
         id2label: names of the classes; several names of one class are separated by commas.
         null_class_label: label that stands for no class, where the network's config does not say so: `UNet2DModel` has
             no word for it, but can be trained with one more class.
+        text_encoder: encoder of prompts for a network with `cross_attention_dim`: any of transformers that is as wide,
+            such as `CLIPTextModel`, `T5EncoderModel` or `BertModel`; the one that the network was trained with.
+        tokenizer: its tokenizer.
 
     Raises:
         ValueError: unless exactly one of `unet` and `transformer` is given, and a scheduler.
     """
 
-    model_cpu_offload_seq = "unet->transformer->vae"  # `guide_model` runs in every step too, and takes no turns
-    _optional_components = ["unet", "scheduler", "transformer", "vae", "guide_model", "guider"]
+    # `guide_model` runs in every step too, and takes no turns
+    model_cpu_offload_seq = "text_encoder->unet->transformer->vae"
+    _optional_components = [
+        "unet",
+        "scheduler",
+        "transformer",
+        "vae",
+        "guide_model",
+        "guider",
+        "text_encoder",
+        "tokenizer",
+    ]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -88,6 +112,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         guider: BaseGuidance | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
         null_class_label: int | None = None,
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         super().__init__()
         if (unet is None) == (transformer is None):
@@ -98,7 +124,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if scheduler is None:
             raise ValueError("`scheduler` is missing; give the one to sample with, such as `DDPMScheduler()`.")
         self.register_modules(
-            unet=unet, scheduler=scheduler, transformer=transformer, vae=vae, guide_model=guide_model, guider=guider
+            unet=unet,
+            scheduler=scheduler,
+            transformer=transformer,
+            vae=vae,
+            guide_model=guide_model,
+            guider=guider,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
         )
         if id2label is not None:
             id2label = {int(class_id): label for class_id, label in id2label.items()}  # JSON made strings of the ids
@@ -162,15 +195,23 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Draws one image per label.
+        """Draws images of classes, of prompts, of both, or of neither.
 
         Args:
             class_labels: class id, name out of `id2label`, or a list or tensor of them, nested or not. A single one is
                 for all images of the batch. None: images of any class, from a network that has a null class or none.
-            guidance_scale: s of the formula above: 1 is the prediction for the class as it is, 0 the worse one, more
-                than 1 trades diversity for certainty. None: 2 with `guide_model`; else 4 where labels are given and
-                the network has a null class; else 1. With a `guider` the scale is the guider's.
+            guidance_scale: s of the formula above: 1 is the prediction for class and prompt as it is, 0 the worse one,
+                more than 1 trades diversity for certainty. None: 2 with `guide_model`; else 4 where a prompt is given
+                and something to compare it with, or labels and the network has a null class; else 1. With a `guider`
+                the scale is the guider's.
             guidance_interval: part of the steps that is guided, as fractions of their number from the noise (0) to the
                 image (1); elsewhere the network runs for the class alone (Kynkäänniemi et al., 2024,
                 https://arxiv.org/abs/2404.07724).
@@ -181,7 +222,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             sample: standard normal noise `(B, C, H, W)` to start from. None: drawn with `generator`.
             height, width: size of the images in pixels. None: `sample_size` of the network, which with a `vae` counts
                 pixels of the latent.
-            batch_size: number of images. None: as many as there are labels, or other arguments per image, or 1.
+            batch_size: number of images. None: as many as there are labels or prompts, times `num_images_per_prompt`,
+                or other arguments per image, or 1.
             eta: noise of `DDIMScheduler` and its like: 0 none, 1 as much as an ancestral sampler adds.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1], or "latent": (B, C, H, W) as
                 the scheduler left it, not decoded.
@@ -190,6 +232,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 dict `tensors`, changed or not.
             callback_on_step_end_tensor_inputs: what `tensors` holds. "latents", the name that callbacks of diffusers
                 use, is the noisy image or latent after the step, float32.
+            prompt: text, or a list of texts, for a network that attends to them (`cross_attention_dim`). A single one
+                is for all images. Longer ones than the text encoder takes are cut, with a warning. None: the empty
+                text where there is a `text_encoder`, as in training without a caption.
+            negative_prompt: what the worse prediction is made for, together with the null class where the network has
+                one. None: the empty text. Not used by autoguidance, whose worse network sees the same prompt.
+            num_images_per_prompt: images of each prompt and of each label, one after the other.
+            prompt_embeds, negative_prompt_embeds: hidden states of a text encoder `(P, T, D)`, in place of texts.
+            prompt_attention_mask, negative_prompt_attention_mask: `(P, T)`, nonzero where a token may be seen. None:
+                all of them.
 
         Returns:
             `ImagePipelineOutput` with `images`.
@@ -199,10 +250,26 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """
         # 1. Check
         class_ids = None if class_labels is None else self.get_label_ids(class_labels)
+        prompts = Prompts(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+        )
+        check_num_images(num_images_per_prompt, batch_size)
+        if class_ids is not None and (len(class_ids) > 1 or not prompts.given):
+            class_ids = [class_id for class_id in class_ids for _ in range(num_images_per_prompt)]
         if batch_size is None:
-            per_image = [x for x in (class_ids, sample, generator) if isinstance(x, list | torch.Tensor)]
-            batch_size = max(map(len, per_image), default=1)
-        self._guidance_scale = self._default_guidance_scale(class_ids) if guidance_scale is None else guidance_scale
+            num_texts = max(prompts.lengths.values(), default=1)
+            batch_size = max(num_texts * num_images_per_prompt, len(class_ids or ()))
+            if num_images_per_prompt == 1:
+                per_image = [x for x in (sample, generator) if isinstance(x, list | torch.Tensor)]
+                batch_size = max(batch_size, *map(len, per_image), 1)
+        self._guidance_scale = guidance_scale
+        if guidance_scale is None:
+            self._guidance_scale = self._default_guidance_scale(class_ids, prompts)
         self._interrupt = False
         check_arguments(
             self.scheduler,
@@ -219,10 +286,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             callback_tensor_inputs=self._callback_tensor_inputs,
         )
-        self.check_inputs(class_ids, guidance_scale, guided_channels, sample, height, width)
+        num_texts = batch_size // num_images_per_prompt
+        self.check_inputs(class_ids, prompts, num_texts, guidance_scale, guided_channels, sample, height, width)
 
-        # 2. Prepare labels, timesteps and noise
+        # 2. Prepare texts, labels, timesteps and noise
         device = self._execution_device
+        text, negative_text = self.prepare_text(prompts, batch_size, num_images_per_prompt)
         if class_ids is not None:
             class_ids = torch.tensor(class_ids, device=device).expand(batch_size)
         timesteps, timestep_values = prepare_timesteps(self.scheduler, num_inference_steps, batch_size, device)
@@ -236,7 +305,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
         num_outputs = 2 * channels if takes_variance(scheduler) else channels
         guided_steps = guided_calls(scheduler, guidance_interval, len(timesteps))
         guide = self.prepare_guidance(
-            class_ids, batch_size, timestep_values, guided_steps, guided_channels or channels
+            class_ids,
+            prompts,
+            text,
+            negative_text,
+            batch_size,
+            timestep_values,
+            guided_steps,
+            guided_channels or channels,
         )
         step = step_rule(scheduler, timestep_values, generator, eta)
         scale_model_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
@@ -275,16 +351,28 @@ class ClassConditionalPipeline(DiffusionPipeline):
         label = null_label(model)
         return self.config.null_class_label if label is None else label
 
-    def _default_guidance_scale(self, class_ids: list[int] | None) -> float:
+    @property
+    def _reads_text(self) -> bool:
+        return self.text_encoder is not None and self.tokenizer is not None
+
+    def _knows_negative(self, prompts: Prompts) -> bool:
+        """Whether there is a text to compare that of the call with."""
+        return prompts.negative_prompt_embeds is not None or self._reads_text
+
+    def _default_guidance_scale(self, class_ids: list[int] | None, prompts: Prompts) -> float:
         if self.guider is not None:
             return getattr(self.guider, "guidance_scale", 1.0)
         if self.guide_model is not None:
             return DEFAULT_AUTOGUIDANCE_SCALE
+        if prompts.given:
+            return DEFAULT_GUIDANCE_SCALE if self._knows_negative(prompts) else 1.0
         return 1.0 if class_ids is None or self._null_label(self._denoiser) is None else DEFAULT_GUIDANCE_SCALE
 
     def check_inputs(
         self,
         class_ids: list[int] | None,
+        prompts: Prompts,
+        num_texts: int,
         guidance_scale: float | None,
         guided_channels: int | None,
         sample: torch.Tensor | None,
@@ -314,18 +402,27 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"`guided_channels` is {guided_channels}; `{name}` draws {channels} channels, of which it guides the "
                 f"first 1 to {channels}."
             )
+        for argument, length in prompts.lengths.items():
+            if length not in (1, num_texts):
+                raise ValueError(
+                    f"`{argument}` has {length} texts, but there are {num_texts} to draw; give one for all, or one "
+                    "each. Every text has `num_images_per_prompt` images."
+                )
         self._check_size(sample, height, width)
         self._check_labels(name, model, class_ids)
+        prompts.check(name, model, self.tokenizer, self.text_encoder)
         if guide_model is not None:
             self._check_labels("guide_model", guide_model, class_ids)
+            if context_dim(guide_model) is not None:
+                prompts.check("guide_model", guide_model, self.tokenizer, self.text_encoder)
         if self.guider is not None:
             if guidance_scale is not None:
                 raise ValueError(
                     f"`guidance_scale` is {guidance_scale}, but `guider` {type(self.guider).__name__} has a scale of "
                     "its own. Change that one, or set `pipe.guider = None`."
                 )
-        elif self._guidance_scale > 1 or (self._guidance_scale != 1 and class_ids is not None):
-            self._check_null(f"`guidance_scale` {self._guidance_scale}")
+        elif self._guidance_scale > 1 or (self._guidance_scale != 1 and (class_ids is not None or prompts.given)):
+            self._check_null(f"`guidance_scale` {self._guidance_scale}", prompts)
 
     def _check_size(self, sample: torch.Tensor | None, height: int | None, width: int | None) -> None:
         if (height is None) != (width is None):
@@ -369,8 +466,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"what to draw. Give ids from 0 to {classes - 1}."
             )
 
-    def _check_null(self, asker: str) -> None:
-        if self.guide_model is None and self._null_label(self._denoiser) is None:
+    def _check_null(self, asker: str, prompts: Prompts) -> None:
+        """Raises a ValueError unless there is a worse prediction, which `asker` needs."""
+        if self.guide_model is not None:
+            return
+        if prompts.given:
+            if not self._knows_negative(prompts):
+                raise ValueError(
+                    f"`negative_prompt_embeds` is None, for whose prediction {asker} asks, and there is no "
+                    "`text_encoder` to encode the empty text. Give both embeddings, or use `guidance_scale=1` "
+                    "without a `guider`."
+                )
+        elif self._null_label(self._denoiser) is None:
             raise ValueError(
                 f"`{self._denoiser_name}` has no null class, whose prediction {asker} needs. Train it with "
                 "`null_class=True`, say which label stands for no class (`null_class_label` of the pipeline), give a "
@@ -384,6 +491,51 @@ class ClassConditionalPipeline(DiffusionPipeline):
             return height_width(self._denoiser.config.sample_size)
         return height // self.vae_scale_factor, width // self.vae_scale_factor
 
+    def encode_prompt(self, prompt: str | list[str]) -> Text:
+        """Hidden states of texts `(P, T, D)` and their mask `(P, T)`: `prompt_embeds` and `prompt_attention_mask`.
+
+        T is the limit of the tokenizer (`model_max_length`) or text encoder: longer texts are cut, with a warning.
+        """
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        limit = max_text_length(self.tokenizer, self.text_encoder)
+        for text in texts:
+            length = len(self.tokenizer(text).input_ids)
+            if length > limit:
+                logger.warning(f"`prompt` {text!r} has {length} tokens; the text encoder sees the first {limit} only.")
+        return encode_text(self.tokenizer, self.text_encoder, texts, self._execution_device)
+
+    def prepare_text(
+        self, prompts: Prompts, batch_size: int, num_images_per_prompt: int
+    ) -> tuple[Text | None, Text | None]:
+        """What the network is told of texts, and what its worse prediction is made for: states `(B, T, D)` and mask
+        `(B, T)` each; None where there is nothing to tell."""
+        if context_dim(self._denoiser) is None:
+            return None, None
+        text = self._encoded(prompts.prompt, prompts.prompt_embeds, prompts.prompt_attention_mask)
+        negative = self._encoded(
+            prompts.negative_prompt, prompts.negative_prompt_embeds, prompts.negative_prompt_attention_mask
+        )
+        length = max((states.shape[1] for states, _ in filter(None, (text, negative))), default=0)
+
+        def per_image(values: torch.Tensor) -> torch.Tensor:
+            if len(values) == 1:
+                return values.expand(batch_size, *values.shape[1:])
+            return values.repeat_interleave(num_images_per_prompt, dim=0)
+
+        text, negative = (
+            side and tuple(per_image(values) for values in pad_text(*side, length)) for side in (text, negative)
+        )
+        return text, negative
+
+    def _encoded(
+        self, texts: str | list[str] | None, embeds: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> Text | None:
+        if embeds is None:
+            return self.encode_prompt("" if texts is None else texts) if self._reads_text else None
+        device = self._execution_device
+        mask = torch.ones(embeds.shape[:2], dtype=torch.int64) if mask is None else mask
+        return embeds.to(device), mask.to(device)
+
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images of latents `(B, C, H, W)`, about [-1, 1]; without a `vae` they are images already."""
         if self.vae is None:
@@ -395,6 +547,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def prepare_guidance(
         self,
         class_ids: torch.Tensor | None,
+        prompts: Prompts,
+        text: Text | None,
+        negative_text: Text | None,
         batch_size: int,
         timestep_values: list[float],
         guided_steps: range,
@@ -404,29 +559,30 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         Returns:
             A function of the index of the network call, its timestep and the network's input. It returns the network's
-            output for the class, of which the first `guided_channels` are guided.
+            output for class and text, of which the first `guided_channels` are guided.
         """
         guide_model = self.guide_model
         guider = copy.deepcopy(self.guider)  # a run leaves its state there
         weakens = guider is not None and type(guider).prepare_models is not BaseGuidance.prepare_models
-        conditional = self._with_labels(self._denoiser, class_ids, batch_size)
+        conditional = self._told(self._denoiser, class_ids, text, batch_size)
         if guide_model is not None:
-            worse = self._with_labels(guide_model, class_ids, batch_size)
-        elif isinstance(guider, AutoGuidance):  # the network itself, weakened, for the same class
+            worse = self._told(guide_model, class_ids, text, batch_size)
+        elif isinstance(guider, AutoGuidance):  # the network itself, weakened, for the same class and text
             worse = conditional
         else:
-            worse = self._with_labels(self._denoiser, None, batch_size)
+            null_ids = class_ids if self._null_label(self._denoiser) is None else None
+            worse = self._told(self._denoiser, null_ids, negative_text, batch_size)
 
         def run(names: list[str], timestep: torch.Tensor, sample: torch.Tensor) -> Sequence[torch.Tensor]:
             if names == BOTH and guide_model is None and not weakens:
-                (model, ids), (_, null_ids) = conditional, worse
-                ids = torch.cat([ids, null_ids])
-                return predict(model, torch.cat([sample, sample]), timestep, ids, "cond_uncond").chunk(2)
+                (model, inputs), (_, worse_inputs) = conditional, worse
+                inputs = {name: torch.cat([values, worse_inputs[name]]) for name, values in inputs.items()}
+                return predict(model, torch.cat([sample, sample]), timestep, cache="cond_uncond", **inputs).chunk(2)
             outputs = []
             for name in names:
-                model, ids = worse if name == "pred_uncond" else conditional
+                model, inputs = worse if name == "pred_uncond" else conditional
                 with _prepared(model, guider, name):
-                    outputs.append(predict(model, sample, timestep, ids, name.removeprefix("pred_")))
+                    outputs.append(predict(model, sample, timestep, cache=name.removeprefix("pred_"), **inputs))
             return outputs
 
         if guider is None:
@@ -434,7 +590,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             def begin(i: int) -> list[str]:
                 if self._guidance_scale == 1:
                     return BOTH[:1]
-                self._check_null(f"`guidance_scale` {self._guidance_scale}")  # which a callback may have changed
+                # A callback may have changed it.
+                self._check_null(f"`guidance_scale` {self._guidance_scale}", prompts)
                 return BOTH
 
             def combine(prediction: torch.Tensor, worse_prediction: torch.Tensor | None = None) -> torch.Tensor:
@@ -459,29 +616,33 @@ class ClassConditionalPipeline(DiffusionPipeline):
             for i in range(len(timestep_values)):
                 names = begin(i)
                 if i in guided_steps:
-                    self._check_guider(guider, names)
-        has_worse = class_ids is not None or guide_model is not None or weakens
+                    self._check_guider(guider, names, prompts)
+        has_worse = class_ids is not None or prompts.given or guide_model is not None or weakens
 
         def guide(i: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
             if not has_worse or i not in guided_steps:
-                model, ids = conditional
-                return predict(model, sample, timestep, ids)
+                model, inputs = conditional
+                return predict(model, sample, timestep, **inputs)
             outputs = run(begin(i), timestep, sample)
             guided = combine(*(output[:, :guided_channels] for output in outputs))
             return torch.cat([guided, outputs[0][:, guided_channels:]], dim=1)
 
         return guide
 
-    def _with_labels(
-        self, model: torch.nn.Module, class_ids: torch.Tensor | None, batch_size: int
-    ) -> tuple[torch.nn.Module, torch.Tensor | None]:
-        """A network and what to tell it: the classes, its null class where there are none, or nothing."""
-        null = self._null_label(model)
+    def _told(
+        self, model: torch.nn.Module, class_ids: torch.Tensor | None, text: Text | None, batch_size: int
+    ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+        """A network and what to tell it: the classes, or its null class where there are none, and the texts."""
+        null, inputs = self._null_label(model), {}
         if class_ids is None and null is not None:
             class_ids = torch.full((batch_size,), null, device=self._execution_device)
-        return model, class_ids if num_classes(model) is not None else None
+        if class_ids is not None and num_classes(model) is not None:
+            inputs["class_ids"] = class_ids
+        if text is not None and context_dim(model) is not None:
+            inputs["encoder_hidden_states"], inputs["encoder_attention_mask"] = text[0].to(model.dtype), text[1]
+        return model, inputs
 
-    def _check_guider(self, guider: BaseGuidance, names: list[str]) -> None:
+    def _check_guider(self, guider: BaseGuidance, names: list[str], prompts: Prompts) -> None:
         """Raises a ValueError unless all predictions can be made that the guider asks for."""
         unknown = [name for name in names if name not in KNOWN_PREDICTIONS]
         if unknown:
@@ -490,7 +651,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 "Use one for classifier-free guidance, such as `ClassifierFreeGuidance`, or `SkipLayerGuidance`."
             )
         if "pred_uncond" in names and not isinstance(guider, AutoGuidance):
-            self._check_null(f"`guider` {type(guider).__name__}")
+            self._check_null(f"`guider` {type(guider).__name__}", prompts)
         for name in names:
             try:
                 with _prepared(self._denoiser, guider, name):

@@ -186,7 +186,16 @@ def test_transformer_under_either_name():
 
 def test_components_and_parameters():
     pipe = tiny_pipe()
-    assert set(pipe.components) == {"unet", "scheduler", "transformer", "vae", "guide_model", "guider"}
+    assert set(pipe.components) == {
+        "unet",
+        "scheduler",
+        "transformer",
+        "vae",
+        "guide_model",
+        "guider",
+        "text_encoder",
+        "tokenizer",
+    }
     assert pipe.parameters == {"id2label": LABELS, "null_class_label": None}
     again = ClassConditionalPipeline(**pipe.components, **pipe.parameters)
     again.set_progress_bar_config(disable=True)
@@ -229,7 +238,7 @@ def test_pipeline_files_import_little(root):
         ours = {module for module in imported if module.startswith("diffusers_ext")}
         assert ours <= {"diffusers_ext.guidance", "diffusers_ext.sampling"}
         others = {module.partition(".")[0] for module in imported - ours}
-        assert others <= {"torch", "diffusers", *sys.stdlib_module_names}
+        assert others <= {"torch", "diffusers", "transformers", *sys.stdlib_module_names}
 
 
 def test_tuple_equals_output():

@@ -1,29 +1,28 @@
-"""Training: data, losses, the loop, and resuming it exactly."""
+"""The training loop: what a run leaves behind, how it is resumed, averages, precision, trackers."""
 
-import io
 import json
 import signal
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers import AutoModel, DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from diffusers import AutoModel, DDPMScheduler, DiffusionPipeline
 
 from diffusers_ext import ADMClassifierModel, ADMUNet2DModel, ClassConditionalPipeline
-from diffusers_ext.conversion import load_original
 from diffusers_ext.models import PRESETS
+from diffusers_ext.training.averaging import Averages, ema_variant, posthoc_variant
+from diffusers_ext.training.checkpoints import checkpoints
 from diffusers_ext.training.config import CLASSIFIER_PRESETS, UNET_PRESETS
-from diffusers_ext.training.data import BatchSampler, ImageDataset, fit_image, load_images
-from diffusers_ext.training.loop import checkpoints, train
-from diffusers_ext.training.objectives import ForwardProcess, denoising_losses, discretized_gaussian_log_likelihood
+from diffusers_ext.training.data import Batch, ImageData
+from diffusers_ext.training.loop import train
+from diffusers_ext.training.preparation import learning_rates, planned_steps
 from diffusers_ext.training.tasks import UNetTask
+from diffusers_ext.training.tracking import trackers
 
 
 TINY = {
@@ -47,185 +46,39 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-# Losses
+def untimed(folder: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(folder)]
 
 
-@pytest.fixture(scope="module")
-def process():
-    return ForwardProcess(DDPMScheduler(1000).betas)
+def weights_of(component: Path, variant: str | None = None) -> dict[str, torch.Tensor]:
+    return load_file(component / f"diffusion_pytorch_model.{variant + '.' if variant else ''}safetensors")
 
 
-@pytest.mark.parametrize("variance", ["LEARNED_RANGE", "FIXED_LARGE"])
-def test_losses_equal_the_recorded_ones(variance, shared, process):
-    recorded = load_file(shared / "fixtures" / "gd_unit.io.safetensors")
-    output = recorded["model_output"] if variance == "LEARNED_RANGE" else recorded["model_output"][:, :3]
-    x_start, x_t, noise, timesteps = (recorded[name] for name in ("x_start", "x_t", "noise", "t"))
-    torch.testing.assert_close(process.add_noise(x_start, noise, timesteps), x_t, rtol=1e-5, atol=1e-6)
-    losses = denoising_losses(process, output, x_start, x_t, noise, timesteps)
-    for name, values in losses.items():
-        expected = recorded[f"loss.RESCALED_MSE.EPSILON.{variance}.{name}"]
-        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("run", ["hybrid_rescaled", "hybrid_unscaled"])  # the same for 1000 steps
-def test_losses_and_gradients_of_a_network_equal_the_recorded_ones(run, shared, process):
-    folder = shared / "fixtures"
-    recorded = load_file(folder / "gd_losses.io.safetensors")
-    flags = json.loads((folder / "gd_unet_b.json").read_text())["config"]
-    model = load_original(folder / "gd_unet_b.weights.safetensors", "guided-diffusion/unet", config=flags).float()
-    model.requires_grad_(True)
-    x_start, noise, timesteps = recorded["x_start"], recorded[f"{run}.noise"].float(), recorded[f"{run}.t"]
-    x_t = process.add_noise(x_start, noise, timesteps)
-    losses = denoising_losses(process, model(x_t, timesteps).sample, x_start, x_t, noise, timesteps)
-    for name, values in losses.items():
-        torch.testing.assert_close(values, recorded[f"{run}.{name}"], rtol=1e-4, atol=1e-5)
-    losses["loss"].mean().backward()
-    gradient = recorded[f"{run}.grad.input_blocks.0.0.weight"]
-    torch.testing.assert_close(model.conv_in.weight.grad, gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
-
-
-def test_the_variational_bound_trains_only_the_variance(process):
-    torch.manual_seed(0)
-    output = torch.randn(2, 2, 4, 4, requires_grad=True)
-    x_start, noise, timesteps = torch.rand(2, 1, 4, 4) * 2 - 1, torch.randn(2, 1, 4, 4), torch.tensor([0, 500])
-    x_t = process.add_noise(x_start, noise, timesteps)
-    denoising_losses(process, output, x_start, x_t, noise, timesteps)["vb"].sum().backward()
-    assert output.grad[:, 0].abs().max() == 0
-    assert output.grad[:, 1].abs().min() > 0
-
-
-def test_the_probabilities_of_all_grey_levels_sum_to_one():
-    levels = torch.arange(256) / 127.5 - 1
-    log_likelihood = discretized_gaussian_log_likelihood(levels, torch.tensor(0.3), torch.tensor(-2.0))
-    assert log_likelihood.exp().sum().item() == pytest.approx(1, abs=1e-5)
-
-
-# Data
-
-
-@pytest.mark.parametrize(
-    "width, height, size, box",
-    [
-        (28, 28, 32, (2, 2, 30, 30)),  # padded
-        (8, 8, 32, (0, 0, 32, 32)),  # four times as large
-        (10, 5, 32, (1, 8, 31, 23)),  # three times, then padded
-        (100, 50, 32, (0, 0, 32, 32)),  # the middle
-    ],
-)
-def test_white_images_fill_the_expected_box(width, height, size, box):
-    pixels = np.asarray(fit_image(Image.new("L", (width, height), 255), size))
-    expected = np.zeros((size, size), dtype=np.uint8)
-    expected[box[1] : box[3], box[0] : box[2]] = 255
-    np.testing.assert_array_equal(pixels, expected)
-
-
-def test_digits_are_embedded():
-    train_split = load_images("digits", "train", sample_size=8, channels=1)
-    images, labels = train_split.__getitems__([3, 0])
-    assert len(train_split) + len(load_images("digits", "test", sample_size=8, channels=1)) == 1797
-    assert images.shape == (2, 1, 8, 8) and images.dtype == torch.uint8
-    assert labels.tolist() == [3, 0]
-    colour = load_images("digits", sample_size=16, channels=3)
-    assert colour.__getitems__([0])[0].shape == (1, 3, 16, 16)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Writes a data set of two 4x4 colour images as parquet; columns can be replaced."""
-
-    def write(**columns) -> str:
-        images = [Image.new("RGB", (4, 4), colour) for colour in ("white", "black")]
-        features = datasets.Features(
-            {"image": datasets.Image(), "label": datasets.ClassLabel(names=["white", "black"])}
-        )
-        table = datasets.Dataset.from_dict({"image": images, "label": [0, 1]}, features=features)
-        for name, values in columns.items():
-            table = table.remove_columns(name) if name in table.column_names else table
-            table = table if values is None else table.add_column(name, values)
-        (tmp_path / "data").mkdir()
-        table.to_parquet(tmp_path / "data" / "train-00000.parquet")
-        return str(tmp_path / "data")
-
-    return write
+def assert_same_end(once: Path, twice: Path, step: int) -> None:
+    """Two runs ended with the same state and metrics, bit for bit."""
+    for file in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl"):
+        load = load_file if file.endswith("safetensors") else lambda path: torch.load(path, weights_only=False)
+        expected, actual = (load(run / f"checkpoint-{step}" / file) for run in (once, twice))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    component = next(once.glob("*/diffusion_pytorch_model.safetensors")).parent.name
+    torch.testing.assert_close(weights_of(twice / component), weights_of(once / component), rtol=0, atol=0)
+    assert untimed(twice) == untimed(once)
 
 
 @pytest.fixture(autouse=True)
-def isolated(tmp_path, monkeypatch):
-    """A cache of its own for `datasets`, and a precision of its own for accelerate, which keeps one per process."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def isolated():
+    """A precision of its own for accelerate, which keeps one per process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("bytes_in_memory", [0, 2**20], ids=["decoded per batch", "decoded in memory"])
-def test_columns_are_found_by_their_type(bytes_in_memory, folder, monkeypatch):
-    monkeypatch.setattr("diffusers_ext.training.data.MAX_BYTES_IN_MEMORY", bytes_in_memory)
-    data = load_images(folder(), sample_size=4, channels=1)
-    images, labels = data.__getitems__([1, 0])
-    assert (data.decoded is None) == (bytes_in_memory == 0)
-    assert images.flatten(1).unique(dim=1).tolist() == [[0], [255]]
-    assert labels.tolist() == [1, 0] and data.num_classes == 2
+# What a run leaves behind
 
 
-def test_labels_can_be_integers_or_missing(folder):
-    path = folder(label=None, group=[3, 0])
-    assert load_images(path, sample_size=4, channels=3).labels is None
-    data = load_images(path, sample_size=4, channels=3, label_column="group")
-    assert data.labels.tolist() == [3, 0] and data.num_classes == 4
-
-
-def test_images_in_class_folders_are_read(tmp_path):
-    for name in ("cat", "dog"):
-        (tmp_path / "pets" / name).mkdir(parents=True)
-        Image.new("L", (4, 4)).save(tmp_path / "pets" / name / "0.png")
-    data = load_images(str(tmp_path / "pets"), sample_size=4, channels=1, need_labels=True)
-    assert sorted(data.labels.tolist()) == [0, 1]
-
-
-@pytest.mark.parametrize(
-    "columns, options, message",
-    [
-        ({}, {"split": "test"}, r"`dataset_split` \('test'\) must be one of \['train'\]"),
-        ({}, {"image_column": "picture"}, r"`image_column` \('picture'\) must be a column"),
-        ({"label": None}, {"need_labels": True}, r"`label_column` must be given: .* 0 have the type ClassLabel"),
-        ({"label": ["a", "b"]}, {"label_column": "label"}, r"`label_column` \('label'\) holds .*string"),
-        ({"label": [0, -1]}, {"label_column": "label"}, r"label of row 1 \(-1\) is out of range: .* \[0, 0\]"),
-        ({}, {"channels": 2}, r"`in_channels` \(2\) must be 1 .* or 3"),
-    ],
-)
-def test_wrong_data_are_refused(columns, options, message, folder):
-    with pytest.raises(ValueError, match=message):
-        load_images(folder(**columns), **{"sample_size": 4, "channels": 1} | options)
-
-
-def test_an_unreadable_image_is_named():
-    png = io.BytesIO()
-    Image.new("L", (4, 4)).save(png, "png")
-    rows = [{"bytes": content, "path": None} for content in (png.getvalue(), png.getvalue()[:40])]
-    with pytest.raises(ValueError, match="image of row 1 cannot be read"):
-        ImageDataset(rows, None, sample_size=4, channels=1)
-
-
-def test_every_epoch_holds_every_row_in_an_order_of_its_own():
-    sampler = iter(BatchSampler(length=10, batch_size=4, seed=0))
-    rows = sum((next(sampler) for _ in range(5)), [])
-    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
-    assert rows[:10] != rows[10:]
-
-
-def test_processes_share_the_batches_of_one():
-    one = iter(BatchSampler(length=10, batch_size=4, seed=0))
-    two = [iter(BatchSampler(length=10, batch_size=4, seed=0, first=3 + rank, stride=2)) for rank in range(2)]
-    expected = [next(one) for _ in range(7)][3:]
-    assert [next(two[0]), next(two[1]), next(two[0]), next(two[1])] == expected
-
-
-# The loop
-
-
-def test_unet_run_leaves_a_component_that_loads(tmp_path):
+def test_unet_run_leaves_a_component_that_loads(tmp_path, capsys):
     path = train(replace(TINY_UNET, output_dir=str(tmp_path / "run")))
     assert path == tmp_path / "run" / "unet"
+    assert f"Saved {path}" in capsys.readouterr().out
     unet = AutoModel.from_pretrained(str(path))
     assert isinstance(unet, ADMUNet2DModel) and unet.config.out_channels == 2
     scheduler = DDPMScheduler.from_pretrained(tmp_path / "run", subfolder="scheduler")
@@ -233,7 +86,9 @@ def test_unet_run_leaves_a_component_that_loads(tmp_path):
     assert {p.name for p in (tmp_path / "run" / "samples").iterdir()} == {"0000004.png", "0000006.png"}
     assert Image.open(tmp_path / "run" / "samples" / "0000006.png").size == (16, 16)  # four images of 8 px
     assert [line["step"] for line in lines(tmp_path / "run")] == [2, 4, 6]
-    assert {"loss", "mse", "vb", "learning_rate", "images_per_second"} < lines(tmp_path / "run")[0].keys()
+    assert {"loss", "mse", "vb", "grad_norm", "learning_rate", "images_per_second"} < lines(tmp_path / "run")[0].keys()
+    assert Image.open(tmp_path / "run" / "metrics.png").size[0] > 500
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["max_train_steps"] == 6
 
 
 def test_class_conditional_unet_of_cosine_schedule_with_fixed_variance(tmp_path):
@@ -277,24 +132,6 @@ def test_every_backbone_becomes_a_pipeline_with_a_null_class(model, options, tmp
     assert images.shape == (2, 1, *[PRESETS[model][1]["sample_size"]] * 2)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_every_prediction_type_is_what_the_scheduler_takes_it_for(prediction_type, process):
-    """A network that predicts the target without an error has no loss, and the scheduler finds the clean image."""
-    random = torch.Generator().manual_seed(0)
-    x_start, noise = (torch.randn(4, 1, 8, 8, generator=random).clamp(-1, 1) for _ in range(2))
-    timesteps = torch.tensor([0, 300, 700, 999])
-    x_t = process.add_noise(x_start, noise, timesteps)
-    velocity = process.velocity(x_start, noise, timesteps)
-    target = {"epsilon": noise, "v_prediction": velocity, "sample": x_start}[prediction_type]
-    losses = denoising_losses(process, target, x_start, x_t, noise, timesteps, prediction_type)
-    assert losses["loss"].max() == 0
-    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
-    scheduler.set_timesteps(1000)
-    for i, timestep in enumerate(timesteps):
-        found = scheduler.step(target[i : i + 1], timestep, x_t[i : i + 1]).pred_original_sample
-        torch.testing.assert_close(found, x_start[i : i + 1], rtol=1e-3, atol=1e-3)
-
-
 def test_dropped_labels_become_the_null_class():
     config = replace(
         TINY_UNET,
@@ -306,9 +143,12 @@ def test_dropped_labels_become_the_null_class():
     model = task.build_model()
     assert model.config.num_class_embeds == 10 and model.config.null_class and model.config.norm_num_groups == 4
     seen = []
-    model.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    model.register_forward_pre_hook(
+        lambda module, args, options: seen.append(options["class_labels"]), with_kwargs=True
+    )
     torch.manual_seed(0)
-    task.losses(model, torch.zeros(400, 1, 8, 8, dtype=torch.uint8), torch.full((400,), 4))
+    images = torch.zeros(400, 1, 8, 8, dtype=torch.uint8)
+    task.losses(model, Batch(images, torch.full((400,), 4), captions=None, rows=list(range(400))))
     assert set(seen[0].tolist()) == {4, 10} and 0.2 < (seen[0] == 10).float().mean() < 0.3
 
 
@@ -319,7 +159,6 @@ def test_dropped_labels_become_the_null_class():
         ({"model": "dit/mnist", "block_out_channels": (8,)}, "`block_out_channels` is not an option of GQADiT"),
         ({"model_options": ("pool=attention",)}, "`pool` is not an option of ADMUNet2DModel"),
         ({"model_options": ("dropout",)}, "`model_options` holds 'dropout'; write name=value"),
-        ({"prediction_type": "sample"}, "`prediction_type` is 'sample', but the variance is learned"),
         ({"class_dropout_prob": 0.1}, r"`class_dropout_prob` \(0.1\) must .* be 0 unless `class_conditional`"),
         ({"class_dropout_prob": 1.0, "class_conditional": True}, r"`class_dropout_prob` \(1.0\) must lie in"),
     ],
@@ -334,26 +173,29 @@ def test_classifier_learns_to_see_through_noise(tmp_path):
     config = replace(CLASSIFIER_PRESETS["digits"], max_train_steps=80, lr_warmup_steps=20, lr_scheduler="constant")
     path = train(replace(config, output_dir=str(tmp_path)))
     assert isinstance(AutoModel.from_pretrained(str(path)), ADMClassifierModel)
-    accuracy = [lines(tmp_path)[-1][f"accuracy_quarter{quarter}"] for quarter in (1, 2, 3, 4)]
-    assert accuracy[0] > 0.5 > 0.3 > accuracy[3]  # the noisiest images are noise
+    metrics = lines(tmp_path)
+    assert metrics[0]["loss"] > metrics[1]["loss"] and metrics[1]["accuracy"] > 0.2  # 0.1 is chance
+
+
+# Resuming
 
 
 @pytest.fixture
 def train_until(monkeypatch):
-    """Trains until the process receives SIGTERM in the middle of a step: `train_until(step, config)`."""
+    """Trains until the process receives SIGTERM while a batch is made: `train_until(step, config)`."""
 
     def run(step: int, config) -> None:
         last_batch = step * config.gradient_accumulation_steps
-        draw = BatchSampler.__iter__
+        draw = ImageData.batches
 
-        def batches(self):
-            for number, batch in enumerate(draw(self), start=1):
-                if number == last_batch:
+        def batches(self, *args, **kwargs):
+            for number, batch in enumerate(draw(self, *args, **kwargs), start=1):
+                if number == last_batch + 1:
                     signal.raise_signal(signal.SIGTERM)
                 yield batch
 
         with monkeypatch.context() as patch:
-            patch.setattr(BatchSampler, "__iter__", batches)
+            patch.setattr(ImageData, "batches", batches)
             with pytest.raises(SystemExit) as stopped:
                 train(config)
         assert stopped.value.code == 128 + signal.SIGTERM
@@ -365,9 +207,12 @@ def train_until(monkeypatch):
     "config",
     [
         pytest.param(TINY_UNET, id="unet"),
-        pytest.param(replace(TINY_UNET, gradient_accumulation_steps=2), id="unet, two forward passes"),
-        pytest.param(replace(TINY_UNET, mixed_precision="bf16"), id="unet in bfloat16"),
-        pytest.param(TINY_CLASSIFIER, id="classifier"),
+        pytest.param(
+            replace(TINY_UNET, gradient_accumulation_steps=2, timestep_sampling="loss_second_moment"),
+            id="unet, two forward passes, importance",
+        ),
+        pytest.param(replace(TINY_UNET, mixed_precision="bf16", ema_decay=(0.9, 0.5)), id="unet in bfloat16"),
+        pytest.param(replace(TINY_CLASSIFIER, use_ema=False), id="classifier"),
     ],
 )
 def test_resumed_run_ends_at_the_same_weights(config, train_until, tmp_path, capsys):
@@ -378,16 +223,7 @@ def test_resumed_run_ends_at_the_same_weights(config, train_until, tmp_path, cap
     assert "Stopped by SIGTERM after step 3" in capsys.readouterr().out
     assert [path.name for path in checkpoints(tmp_path / "twice")] == ["checkpoint-3"]
     train(twice)
-
-    for file in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
-        expected, actual = (tmp_path / run / "checkpoint-6" / file for run in ("once", "twice"))
-        load = load_file if file.endswith("safetensors") else torch.load
-        torch.testing.assert_close(load(actual), load(expected), rtol=0, atol=0)
-    component = next((tmp_path / "once").glob("*/diffusion_pytorch_model.safetensors")).relative_to(tmp_path / "once")
-    averaged = [load_file(tmp_path / run / component) for run in ("once", "twice")]
-    torch.testing.assert_close(*averaged, rtol=0, atol=0)
-    final = [{k: v for k, v in lines(tmp_path / run)[-1].items() if "second" not in k} for run in ("once", "twice")]
-    assert final[0] == final[1]
+    assert_same_end(tmp_path / "once", tmp_path / "twice", step=6)
 
 
 def test_more_steps_and_another_rate_can_be_asked_for_on_resuming(tmp_path):
@@ -398,10 +234,18 @@ def test_more_steps_and_another_rate_can_be_asked_for_on_resuming(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-6"]
     assert [line["learning_rate"] for line in lines(tmp_path) if "learning_rate" in line] == [1e-3, 1e-3, 1e-5, 1e-5]
     assert torch.load(tmp_path / "checkpoint-6" / "optimizer.bin")["param_groups"][0]["lr"] == 1e-5
-    weights = load_file(tmp_path / "classifier" / "diffusion_pytorch_model.safetensors")
+    before = weights_of(tmp_path / "classifier")
     train(replace(more, resume_from_checkpoint="latest"))  # finished: only the component is written again
-    again = load_file(tmp_path / "classifier" / "diffusion_pytorch_model.safetensors")
-    torch.testing.assert_close(again, weights, rtol=0, atol=0)
+    torch.testing.assert_close(weights_of(tmp_path / "classifier"), before, rtol=0, atol=0)
+
+
+def test_going_back_leaves_the_newer_checkpoints_aside(tmp_path, capsys):
+    config = replace(TINY_CLASSIFIER, output_dir=str(tmp_path), checkpoints_total_limit=1, checkpointing_steps=2)
+    train(replace(config, checkpoints_total_limit=0, max_train_steps=4))
+    train(replace(config, max_train_steps=3, resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
+    assert "checkpoint-4 is renamed to abandoned-checkpoint-4" in capsys.readouterr().out
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert (tmp_path / "abandoned-checkpoint-4" / "model.safetensors").exists()
 
 
 def test_checkpoints_beyond_the_limit_and_unfinished_ones_go(tmp_path):
@@ -410,6 +254,45 @@ def test_checkpoints_beyond_the_limit_and_unfinished_ones_go(tmp_path):
     config = replace(TINY_CLASSIFIER, checkpointing_steps=2, checkpoints_total_limit=2, output_dir=str(tmp_path))
     train(replace(config, resume_from_checkpoint="latest"))
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
+
+
+def _shorten(checkpoint: Path) -> None:
+    with (checkpoint / "optimizer.bin").open("r+b") as file:
+        file.truncate(100)
+
+
+def _flip(checkpoint: Path) -> None:
+    content = bytearray((checkpoint / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (checkpoint / "model.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "break_it, told",
+    [
+        (_shorten, "optimizer.bin has 100 bytes, not"),
+        (_flip, "model.safetensors has other content than was written"),
+        (lambda checkpoint: (checkpoint / "custom_checkpoint_0.pkl").unlink(), "custom_checkpoint_0.pkl is missing"),
+        (lambda checkpoint: (checkpoint / "manifest.json").write_text("{"), "it cannot be read"),
+        (lambda checkpoint: [file.unlink() for file in checkpoint.iterdir()], "manifest.json is missing"),
+    ],
+    ids=["shortened", "changed", "file missing", "torn manifest", "empty"],
+)
+def test_a_damaged_checkpoint_is_passed_over(break_it, told, tmp_path, capsys):
+    config = replace(TINY_CLASSIFIER, output_dir=str(tmp_path), max_train_steps=2, checkpointing_steps=1)
+    train(config)
+    expected = weights_of(tmp_path / "classifier")
+    break_it(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="checkpoint-2.* is damaged"):
+        train(replace(config, resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
+    train(replace(config, resume_from_checkpoint="latest"))
+    printed = capsys.readouterr().out
+    assert "checkpoint-2 is damaged" in printed and told in printed and "going on from checkpoint-1" in printed
+    torch.testing.assert_close(weights_of(tmp_path / "classifier"), expected, rtol=0, atol=0)
+    for path in checkpoints(tmp_path):
+        (path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="every checkpoint is damaged"):
+        train(replace(config, resume_from_checkpoint="latest"))
 
 
 def test_a_run_is_not_written_over(tmp_path):
@@ -421,20 +304,187 @@ def test_a_run_is_not_written_over(tmp_path):
         train(replace(TINY_UNET, output_dir=str(tmp_path), resume_from_checkpoint=str(tmp_path / "checkpoint-7")))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    config = replace(TINY_UNET, learning_rate=1e30, lr_warmup_steps=0, checkpointing_steps=1, output_dir=str(tmp_path))
-    with pytest.raises(FloatingPointError, match="The loss is nan at step [23].*checkpoint-[12]"):
-        train(config)
+def test_a_checkpoint_of_other_options_is_refused(tmp_path):
+    config = replace(TINY_CLASSIFIER, output_dir=str(tmp_path), max_train_steps=1)
+    train(config)
+    more = replace(config, resume_from_checkpoint="latest", max_train_steps=2)
+    with pytest.raises(ValueError, match="checkpoint-1.* does not fit the options of this run"):
+        train(replace(more, block_out_channels=(16, 16)))
+    with pytest.raises(ValueError, match=r"`ema_decay` \(0.5\) is not in the checkpoint \(0.9999\)"):
+        train(replace(more, ema_decay=(0.5,)))
+
+
+# Averages
 
 
 def test_moving_average_can_be_left_out(tmp_path):
     train(replace(TINY_CLASSIFIER, use_ema=False, output_dir=str(tmp_path)))
     expected = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
-    actual = load_file(tmp_path / "classifier" / "diffusion_pytorch_model.safetensors")
-    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(weights_of(tmp_path / "classifier"), expected, rtol=0, atol=0)
+
+
+def test_several_averages_are_saved_as_variants(tmp_path):
+    path = train(replace(TINY_UNET, output_dir=str(tmp_path), ema_decay=(0.9, 0.25), max_train_steps=4))
+    state = torch.load(tmp_path / "checkpoint-4" / "custom_checkpoint_0.pkl", weights_only=False)["averages"]
+    for decay, variant in ((0.9, None), (0.25, ema_variant(0.25))):
+        expected = {f"{i}": value for i, value in enumerate(state[str(decay)]["shadow_params"])}
+        loaded = ADMUNet2DModel.from_pretrained(path, variant=variant)
+        actual = {f"{i}": value.detach() for i, value in enumerate(loaded.parameters())}
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        pipeline = DiffusionPipeline.from_pretrained(tmp_path, variant=variant)
+        torch.testing.assert_close(pipeline.unet.state_dict(), loaded.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(*(weights_of(path, variant)["conv_in.weight"] for variant in (None, ema_variant(0.25))))
+
+
+def test_averages_have_the_decay_asked_for():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    averages = Averages([weight], decays=(0.9, 0.5), power=100.0)  # no warm-up
+    for value in (0.0, 1.0, 1.0):
+        weight.data.fill_(value)
+        averages.step()
+    for decay, expected in ((0.9, 0.19), (0.5, 0.75)):
+        with averages.applied(decay):
+            assert weight.item() == pytest.approx(expected)
+    assert weight.item() == 1.0
+    with pytest.raises(ValueError, match=r"`ema_decay` \(1.0,\) must be different numbers between 0 and 1"):
+        Averages([weight], decays=(1.0,), power=0.75)
+
+
+def test_averages_of_any_width_are_made_afterwards(train_until, tmp_path):
+    """The widths that were kept come out again, and others lie between; a resumed run has the same."""
+    pytest.importorskip("ema_pytorch")
+    config = replace(
+        TINY_CLASSIFIER, posthoc_ema_sigma_rels=(0.05, 0.075, 0.1), use_ema=False, resume_from_checkpoint="latest"
+    )
+    once, twice = (replace(config, output_dir=str(tmp_path / name)) for name in ("once", "twice"))
+    path = train(once)
+    train_until(4, twice)
+    (tmp_path / "twice" / "posthoc_ema" / "0.6.pt").write_text("half")
+    train(twice)
+    for sigma_rel in config.posthoc_ema_sigma_rels:
+        variant = posthoc_variant(sigma_rel)
+        torch.testing.assert_close(weights_of(tmp_path / "twice" / "classifier", variant), weights_of(path, variant))
+    for index, sigma_rel in enumerate((0.05, 0.1)):
+        kept = torch.load(tmp_path / "once" / "posthoc_ema" / f"{index}.6.pt", weights_only=True)
+        expected = {k.removeprefix("ema_model."): v for k, v in kept.items() if k.startswith("ema_model.")}
+        loaded = ADMClassifierModel.from_pretrained(path, variant=posthoc_variant(sigma_rel))
+        torch.testing.assert_close(dict(loaded.state_dict()), expected, rtol=1e-3, atol=1e-4)
+    name = "conv_in.weight"
+    narrow, between, wide = (weights_of(path, posthoc_variant(s))[name] for s in config.posthoc_ema_sigma_rels)
+    assert (narrow - between).norm() < (narrow - wide).norm() and (between - wide).norm() < (narrow - wide).norm()
+
+
+# Precision, memory, schedule
 
 
 def test_bfloat16_run_keeps_float32_weights(tmp_path):
     path = train(replace(TINY_UNET, mixed_precision="bf16", max_train_steps=2, output_dir=str(tmp_path)))
-    weights = load_file(path / "diffusion_pytorch_model.safetensors")
-    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert {value.dtype for value in weights_of(path).values()} == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
+    config = replace(TINY_CLASSIFIER, max_train_steps=2, dropout=0.0)
+    plain = train(replace(config, output_dir=str(tmp_path / "plain")))
+    checkpointed = train(replace(config, output_dir=str(tmp_path / "checkpointed"), gradient_checkpointing=True))
+    torch.testing.assert_close(weights_of(checkpointed), weights_of(plain), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"mixed_precision": "fp16"}, ValueError, "`mixed_precision` is 'fp16', but float16 on a CPU .* use 'bf16'"),
+        ({"use_8bit_adam": True}, (ImportError, ValueError), r"`use_8bit_adam` needs .*(diffusers_ext\[8bit\]|a GPU)"),
+        ({"ema_decay": (0.5, 0.5)}, ValueError, r"`ema_decay` \(0.5, 0.5\) must be different numbers"),
+        ({"posthoc_ema_sigma_rels": (0.5,)}, ValueError, r"`posthoc_ema_sigma_rels` \(0.5,\) must lie between"),
+    ],
+)
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="about training on a CPU")
+def test_what_cannot_work_is_refused(options, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        train(replace(TINY_CLASSIFIER, output_dir=str(tmp_path), **options))
+
+
+def test_length_can_be_given_in_epochs(tmp_path):
+    config = replace(TINY_UNET, num_train_epochs=2, validation_epochs=1, gradient_accumulation_steps=2)
+    data = UNetTask(config).data
+    per_step = 8 * 2 * 3
+    assert planned_steps(config, data, processes=3) == (-(-2 * len(data) // per_step), -(-len(data) // per_step))
+
+    class Streamed:
+        def __len__(self):
+            raise TypeError
+
+    with pytest.raises(ValueError, match=r"`num_train_epochs` \(2\) needs data of known length.*`max_train_steps`"):
+        planned_steps(config, Streamed(), processes=1)
+    with pytest.raises(ValueError, match=r"`validation_epochs` \(1\) needs data .*`validation_steps` instead"):
+        planned_steps(replace(config, num_train_epochs=None), Streamed(), processes=1)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("constant", {0: 1.0, 5: 1.0, 10: 1.0}),
+        ("constant_with_warmup", {0: 0.0, 1: 0.5, 2: 1.0, 10: 1.0}),
+        ("linear", {1: 0.5, 2: 1.0, 6: 0.5, 10: 0.0}),
+        ("cosine", {1: 0.5, 2: 1.0, 6: 0.5, 10: 0.0}),
+        ("cosine_with_restarts", {1: 0.5, 2: 1.0, 6: 0.5, 10: 0.0}),
+        ("polynomial", {1: 0.5, 2: 1.0, 6: 0.5, 10: 1e-7 / 1e-3}),
+    ],
+)
+def test_learning_rates_follow_their_schedule(name, expected):
+    config = replace(TINY_UNET, lr_scheduler=name)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    rate = learning_rates(optimizer, config, steps=10)
+    for step, share in expected.items():
+        assert rate(step) == pytest.approx(config.learning_rate * share, abs=1e-7)
+
+
+# Trackers
+
+
+def test_tensorboard_receives_numbers_and_pictures(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(replace(TINY_UNET, output_dir=str(tmp_path / "run"), report_to="tensorboard"))
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "logs" / "run"))
+    events.Reload()
+    recorded = [(event.step, event.value) for event in events.Scalars("loss")]
+    written = [(line["step"], line["loss"]) for line in lines(tmp_path / "run")]
+    assert recorded == pytest.approx(written)
+    images = events.Images("samples")
+    assert [(image.step, image.width, image.height) for image in images] == [(4, 16, 16), (6, 16, 16)]
+
+
+def test_trackio_stays_in_the_run_folder(tmp_path, fresh_python):
+    """Numbers and pictures are in its database, no socket is opened, and nothing is written elsewhere."""
+    pytest.importorskip("trackio")
+    code = """
+import socket
+def refuse(*args):
+    raise OSError("no network here")
+socket.socket.connect = socket.socket.bind = refuse
+from dataclasses import replace
+from diffusers_ext.training.config import UNET_PRESETS
+from diffusers_ext.training.loop import train
+train(replace(UNET_PRESETS["digits"], block_out_channels=(8, 16), attention_head_dim=8, train_batch_size=4,
+              max_train_steps=2, log_steps=1, validation_images=4, validation_inference_steps=1,
+              report_to="trackio", output_dir="run"))
+from trackio.sqlite_storage import SQLiteStorage
+(run,) = SQLiteStorage.get_runs("run")
+rows = SQLiteStorage.get_logs("run", run if isinstance(run, str) else run["name"])
+assert [row["step"] for row in rows if "loss" in row] == [1, 2], rows
+assert any("samples" in row for row in rows), rows
+"""
+    home = tmp_path / "home"
+    home.mkdir()
+    fresh_python(code, tmp_path, HOME=str(home), HF_HOME=str(home / "hf"), XDG_CACHE_HOME=str(home / "cache"))
+    assert list((tmp_path / "run" / "logs" / "trackio").glob("*.db"))
+    assert not [path for path in home.rglob("*") if "trackio" in path.name]
+
+
+def test_a_tracker_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"`report_to` \('wandb'\) needs a package .* pip install wandb"):
+        train(replace(TINY_UNET, output_dir=str(tmp_path), report_to="wandb"))
+    assert trackers("all") == trackers("none") == []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "wandb" or None)
+    assert trackers("all") == ["tensorboard", "trackio"]

@@ -241,6 +241,28 @@ def inspect_source(
     return replace(network, precision=precision)
 
 
+def activation_bytes(model: ModelMixin, size: int | None, batch_size: int) -> int:
+    """Bytes that a training step in float32 keeps between its forward and backward pass.
+
+    With gradient checkpointing these are the inputs of the checkpointed blocks, and the activations of the largest
+    block, which exist while it is run for the second time.
+
+    Args:
+        model: a network on the meta device, with or without gradient checkpointing.
+        size: height and width of the images in pixels; None takes that of its config.
+        batch_size: number of images.
+    """
+    arguments, _, _ = example_inputs(model, size, batch_size, torch.float32)
+    checkpointing = model.is_gradient_checkpointing
+    with quiet():
+        kept = sum(_saved_bytes(model, arguments, []).values())
+        if checkpointing:
+            model.disable_gradient_checkpointing()
+            kept += max(_saved_bytes(model, arguments, find_blocks(model)).values())
+            model.enable_gradient_checkpointing()
+    return kept
+
+
 def find_blocks(model: nn.Module) -> list[str]:
     """Names of the blocks that a model consists of: members of its lists, and what stands beside them."""
     names: list[str] = []
@@ -374,28 +396,13 @@ def _training_memory(
     moments = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
     moments = [x for x in moments if x.ndim]
 
-    known = set(storage_bytes(list(model.parameters())))
-    saved: dict[str, int] = {}
+    # Two runs, since looking at what is saved keeps it alive.
+    saved = _saved_bytes(model, arguments, blocks)
     trace = _Trace(model, blocks)
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known and tensor.device.type == "meta":
-            known.add(storage._cdata)
-            kept.append(storage)  # its address is its identity
-            saved[trace.block] = saved.get(trace.block, 0) + storage.nbytes()
-        return tensor
-
-    kept: list[torch.UntypedStorage] = []
     was_training = model.training
     model.train()
     peaks: dict[str, int] = {}
     try:
-        # Two runs, since looking at what is saved keeps it alive.
-        with trace, _FusedAttention(trace), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = _main_tensor(model(**arguments))
-        del output
-        kept.clear()
         with _FusedAttention(trace), _LiveMemory([*alive, *moments]) as memory:
             loss = _main_tensor(model(**arguments)).float().square().mean()
             peaks["forward"] = memory.reset_peak()
@@ -416,6 +423,31 @@ def _training_memory(
     }
     optimizer.zero_grad(set_to_none=True)
     return result
+
+
+def _saved_bytes(model: ModelMixin, arguments: dict[str, Any], blocks: Sequence[str]) -> dict[str, int]:
+    """Bytes of each block that a forward pass in training mode keeps for the backward pass."""
+    known = set(storage_bytes(list(model.parameters())))
+    saved: dict[str, int] = {}
+    kept: list[torch.UntypedStorage] = []
+    trace = _Trace(model, blocks)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known and tensor.device.type == "meta":
+            known.add(storage._cdata)
+            kept.append(storage)  # its address is its identity
+            saved[trace.block] = saved.get(trace.block, 0) + storage.nbytes()
+        return tensor
+
+    was_training = model.training
+    model.train()
+    try:
+        with trace, _FusedAttention(trace), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _main_tensor(model(**arguments))
+    finally:
+        model.train(was_training)
+    return saved
 
 
 def _receptive_field(

@@ -1,43 +1,55 @@
 """The training loop: one for every task, on accelerate.
 
-Every random number of a step (data order, timesteps, noise, dropout) follows from (seed, step, process), as in EDM2
-(Karras et al., 2024, https://arxiv.org/abs/2312.02696), so a resumed run takes the path of an uninterrupted one.
+Every random number of a forward pass (data, timesteps, noise, dropout) follows from (seed, number of the batch), where
+batches are counted over steps, forward passes and processes; EDM2 (Karras et al., 2024,
+https://arxiv.org/abs/2312.02696) reseeds in this way. So a resumed run takes the path of an uninterrupted one, and two
+processes that of one with twice the forward passes per step.
 """
 
-import json
-import shutil
-import signal
-import sys
-import threading
-import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
+from signal import Signals
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from torch import nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-
+from diffusers_ext.training.averaging import (
+    Averages,
+    PosthocAverages,
+    averaged_network,
+    ema_variant,
+    posthoc_variant,
+    whole,
+)
+from diffusers_ext.training.checkpoints import (
+    Progress,
+    RunState,
+    checkpoint_to_resume,
+    explain_full_disk,
+    load_checkpoint,
+    save_checkpoint,
+)
 from diffusers_ext.training.config import TrainingConfig
-from diffusers_ext.training.data import BatchSampler
+from diffusers_ext.training.interruptions import Interrupted, StopSignals
+from diffusers_ext.training.nonfinite import NonfiniteGuard
+from diffusers_ext.training.preparation import (
+    build_network,
+    build_optimizer,
+    learning_rates,
+    planned_steps,
+    start_accelerator,
+)
 from diffusers_ext.training.tasks import TASKS
+from diffusers_ext.training.tracking import RunLog
 
 
 def train(config: TrainingConfig) -> Path:
     """Train a component and save it with `save_pretrained`.
 
-    The run folder receives `checkpoint-STEP/`, `metrics.jsonl` and `samples/`, and at the end the component's folder
-    (`unet/`, `transformer/` or `classifier/`, EMA weights) and `scheduler/`. With a denoising network in it, the run
-    folder is then a pipeline that `DiffusionPipeline.from_pretrained` loads. SIGTERM and SIGINT end the run with a
-    checkpoint.
+    The run folder receives `config.json`, `checkpoint-STEP/`, `metrics.jsonl`, `metrics.png` and `samples/`, and at
+    the end the component's folder (`unet/`, `transformer/` or `classifier/`; the average of the first `ema_decay`, the
+    others as variants such as `ema-0_99`), its scheduler, and what makes a pipeline of them that
+    `DiffusionPipeline.from_pretrained` loads. SIGTERM and SIGINT end the run with a checkpoint.
 
     Args:
         config: options; its class decides what is trained.
@@ -46,158 +58,186 @@ def train(config: TrainingConfig) -> Path:
         The folder of the trained component.
 
     Raises:
-        ValueError: when the run folder already holds checkpoints and the run is not asked to resume, when the
-            checkpoint to resume does not exist, or about the data.
-        FloatingPointError: when the loss is not finite.
+        ValueError: about options, data, and checkpoints that cannot be resumed.
+        ImportError: when an option needs a package that is missing.
+        FloatingPointError: when a loss or gradient is not finite, unless `on_nonfinite` is `skip`, and after 100 such
+            steps in a row.
+        DiskFullError: an OSError, when something cannot be written; earlier checkpoints stay.
         SystemExit: after a signal, with the usual code 128 + signal.
     """
-    output_dir = Path(config.output_dir)
-    resume = checkpoint_to_resume(config)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=output_dir,
-    )
-    task = TASKS[type(config)](config, accelerator.device)
+    run = Run(config)
+    with explain_full_disk(run.output_dir), run.log.bar, StopSignals(run.accelerator) as stop:
+        signal = run.train(stop)
+        if run.progress.step > run.saved_step:
+            run.save_checkpoint()
+    if signal is None:
+        with explain_full_disk(run.output_dir, f"the trained {run.task.name}"):
+            run.save_component()
+    run.accelerator.end_training()
+    if signal is not None:
+        run.accelerator.print(
+            f"Stopped by {Signals(signal).name} after step {run.progress.step}; "
+            "go on with --resume_from_checkpoint latest"
+        )
+        raise SystemExit(128 + signal)
+    return run.output_dir / run.task.name
 
-    torch.manual_seed(config.seed)
-    model = task.build_model().train()
-    model.to(memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        fused=True,
-    )
-    lr_scheduler = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-    )
-    model, optimizer = accelerator.prepare(model, optimizer)
-    ema = EMAModel(
-        model.parameters(),
-        decay=config.ema_decay if config.use_ema else 0.0,
-        use_ema_warmup=True,
-        power=config.ema_power,
-        foreach=True,
-    )
-    accelerator.register_for_checkpointing(lr_scheduler, ema)
-    if resume is not None:
-        accelerator.load_state(str(resume))
-        ema.to(accelerator.device)
-        lr_scheduler.base_lrs = [config.learning_rate]  # the rate asked for now, not that of the checkpoint
-        optimizer.param_groups[0]["lr"] = config.learning_rate * lr_scheduler.lr_lambdas[0](lr_scheduler.last_epoch)
-    first_step = step = lr_scheduler.last_epoch  # optimizer steps done
 
-    rank, world, micro_steps = accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps
-    images_per_step = config.train_batch_size * micro_steps * world
-    order = BatchSampler(
-        len(task.data), config.train_batch_size, config.seed, first=step * micro_steps * world + rank, stride=world
-    )
-    # The data set returns whole batches, so there is nothing to collate.
-    loader = DataLoader(task.data, batch_sampler=order, num_workers=config.dataloader_num_workers, collate_fn=tuple)
-    log = MetricsLog(accelerator, config, step)
-    bar = tqdm(
-        desc=output_dir.name,
-        total=config.max_train_steps * images_per_step,
-        initial=step * images_per_step,
-        unit="img",
-        unit_scale=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-        disable=not accelerator.is_main_process,
-    )
+class Run:
+    """All that a training consists of, new or as a checkpoint left it.
 
-    with bar, stop_signals() as received:
-        batches = iter(loader)
-        while step < config.max_train_steps and not received:
-            for micro_step in range(micro_steps):
-                images, labels = (x if x is None else x.to(accelerator.device) for x in next(batches))
-                torch.manual_seed(mixed_seed(config.seed, step, micro_step, rank))
+    Args:
+        config: options.
+    """
+
+    def __init__(self, config: TrainingConfig):
+        self.config, self.output_dir = config, Path(config.output_dir)
+        self.accelerator = start_accelerator(config)
+        resume = checkpoint_to_resume(config, self.accelerator)
+        self.task = TASKS[type(config)](config, self.accelerator.device)
+        processes = self.accelerator.num_processes
+        self.steps, self.validation_steps = planned_steps(config, self.task.data, processes)
+
+        torch.manual_seed(config.seed)
+        network = build_network(self.task, config)
+        optimizer = build_optimizer(network, config, self.accelerator.device)
+        self.learning_rate = learning_rates(optimizer, config, self.steps)
+        self.posthoc = None
+        if config.posthoc_ema_sigma_rels:
+            folder = self.output_dir / "posthoc_ema"
+            self.posthoc = PosthocAverages(network, config.posthoc_ema_sigma_rels, folder, self.accelerator)
+        self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
+        decays = config.ema_decay if config.use_ema else ()
+        self.averages = Averages(self.model.parameters(), decays, config.ema_power)
+
+        images_per_step = config.train_batch_size * config.gradient_accumulation_steps * processes
+        self.log = RunLog(self.accelerator, config, self.steps, images_per_step)
+        self.guard = NonfiniteGuard(self.accelerator, config.on_nonfinite, self.output_dir)
+        self.progress = Progress()
+        parts = ("progress", "log", "guard", "task", "averages", "posthoc")
+        state = RunState({name: getattr(self, name) for name in parts if getattr(self, name) is not None})
+        self.accelerator.register_for_checkpointing(state)
+        if resume is not None:
+            load_checkpoint(self.accelerator, resume)
+        if self.posthoc is not None:
+            self.posthoc.discard_later()
+        self.log.start(self.progress.step)
+        self.saved_step = self.progress.step
+
+    def train(self, stop: StopSignals) -> int | None:
+        """The loop.
+
+        Returns:
+            The signal that stopped it, None at its end.
+        """
+        config, accelerator, model, progress = self.config, self.accelerator, self.model, self.progress
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        number = progress.step * config.gradient_accumulation_steps * processes + rank  # of the next batch
+        batches = self.task.data.batches(
+            config.train_batch_size, config.seed, number, processes, config.dataloader_num_workers
+        )
+        if progress.validation_due:
+            self.validate(stop)
+        while not (signal := stop.agreed()) and progress.step < self.steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(progress.step)
+            metrics, rows = defaultdict(list), []
+            for _ in range(config.gradient_accumulation_steps):
+                try:
+                    with stop.droppable(processes == 1 and not rows):  # else they stop between two steps
+                        batch = next(batches)
+                except Interrupted:
+                    return stop.agreed()
+                torch.manual_seed(mixed_seed(config.seed, number))
                 with accelerator.accumulate(model):
-                    losses = task.losses(model, images, labels)
-                    if not torch.isfinite(losses["loss"]):
-                        checkpoint = (checkpoints(output_dir) or ["none yet"])[-1]
-                        raise FloatingPointError(
-                            f"The loss is {losses['loss'].item()} at step {step + 1}. Lower `learning_rate` and "
-                            f"resume from the last checkpoint ({checkpoint})."
-                        )
+                    losses = self.task.losses(model, batch.to(accelerator.device))
                     accelerator.backward(losses["loss"])
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                log.add(losses)
-            lr_scheduler.step()
-            ema.step(model.parameters())
-            step += 1
-            bar.update(images_per_step)
+                for name, value in losses.items():
+                    metrics[name].append(value.detach())
+                rows.append(batch.rows)
+                number += processes
+            metrics["grad_norm"] = [accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)]
+            metrics = floats(metrics)
 
-            last = step == config.max_train_steps
-            if step % config.log_steps == 0 or last:
-                bar.set_postfix(log.write(step, learning_rate=lr_scheduler.get_last_lr()[0]), refresh=False)
-            if (step % config.validation_steps == 0 or last) and accelerator.is_main_process:
-                with ema_weights(ema, model):
-                    log.write(step, **task.validate(accelerator.unwrap_model(model), step, output_dir))
-            if step % config.checkpointing_steps == 0:
-                save_checkpoint(accelerator, output_dir, step, config.checkpoints_total_limit)
-        if step > first_step and step % config.checkpointing_steps:
-            save_checkpoint(accelerator, output_dir, step, config.checkpoints_total_limit)
+            progress.step += 1
+            if self.guard.allows(progress.step, metrics["loss"], metrics["grad_norm"][0], rows):
+                self.optimizer.step()
+                self.averages.step()
+                if self.posthoc is not None:
+                    self.posthoc.step()
+                self.log.add(metrics)
+            self.optimizer.zero_grad()
+            self.after_step(stop)
+        return signal
 
-    accelerator.end_training()
-    if step < config.max_train_steps:
-        name = signal.Signals(received[0]).name
-        accelerator.print(f"Stopped by {name} after step {step}; go on with --resume_from_checkpoint latest")
-        raise SystemExit(128 + received[0])
-    component = output_dir / task.name
-    if accelerator.is_main_process:
-        with ema_weights(ema, model):
-            task.save(accelerator.unwrap_model(model, keep_fp32_wrapper=False), output_dir)
+    def after_step(self, stop: StopSignals) -> None:
+        """Log, validate and save, each at its time."""
+        config, step = self.config, self.progress.step
+        last = step == self.steps
+        self.log.advance()
+        if step % config.log_steps == 0 or last:
+            skipped = {"nonfinite_steps": self.guard.skipped} if config.on_nonfinite == "skip" else {}
+            self.log.write_means(step, learning_rate=self.optimizer.param_groups[0]["lr"], **skipped)
+        if step % self.validation_steps == 0 or last:
+            self.validate(stop)
+        if self.posthoc is not None and (step % config.checkpointing_steps == 0 or last):
+            self.posthoc.snapshot()
+        if step % config.checkpointing_steps == 0:
+            self.save_checkpoint()
+
+    def validate(self, stop: StopSignals) -> None:
+        """Judge the averaged network in the main process; after a signal, when the run is resumed."""
+        step = self.progress.step
+        self.progress.validation_due = True
+        with self.averaged_network(self.averages.decays[0]) as network:
+            if network is not None:
+                try:
+                    with stop.droppable():
+                        metrics = self.task.validate(network, step, self.output_dir)
+                except Interrupted:
+                    return
+                self.log.write(step, **metrics)
+                self.log.write_images(step)
+                self.log.draw()
+        self.progress.validation_due = False
+        self.log.restart_clock()
+
+    def save_checkpoint(self) -> None:
+        self.guard.check_weights(self.progress.step, self.model)
+        tensors = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        tensors += [*self.model.parameters()] * (1 + len(self.averages.averages))
+        num_bytes = sum(t.numel() * t.element_size() for t in tensors)
+        limit = self.config.checkpoints_total_limit
+        save_checkpoint(self.accelerator, self.output_dir, self.progress.step, limit, num_bytes)
+        self.saved_step = self.progress.step
+
+    def save_component(self) -> None:
+        """Write the network with each average, and publish it when that is asked for."""
+        component = self.output_dir / self.task.name
+        first, *others = self.averages.decays
+        with self.averaged_network(first) as network:
+            if network is not None:
+                self.task.save(network, self.output_dir)
+        for decay in others:
+            with self.averaged_network(decay) as network:
+                if network is not None:
+                    network.save_pretrained(component, variant=ema_variant(decay))
+        if not self.accelerator.is_main_process:
+            return
+        if self.posthoc is not None:
+            for sigma_rel in self.posthoc.sigma_rels:
+                network = self.posthoc.synthesized(sigma_rel)
+                network.save_pretrained(component, variant=posthoc_variant(sigma_rel))
+        if self.guard.skipped:
+            print(f"Skipped {self.guard.skipped} steps whose loss or gradient was not finite")
         print(f"Saved {component}")
-    return component
+        if self.config.push_to_hub:
+            print(f"Published {self.task.publish(self.output_dir)}")
 
-
-class MetricsLog:
-    """Means of metrics since the last line, appended to `metrics.jsonl` and sent to the tracker."""
-
-    def __init__(self, accelerator: Accelerator, config: TrainingConfig, step: int):
-        self.accelerator = accelerator
-        self.batch_size = config.train_batch_size * accelerator.num_processes
-        self.path = Path(config.output_dir) / "metrics.jsonl"
-        if accelerator.is_main_process:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-            # What an interrupted run did after its last checkpoint is done again; its last line may be half a line.
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(kept))
-            self.path.with_name("config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-        if config.report_to != "none":
-            options = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(config).items()}
-            accelerator.init_trackers("diffusers_ext", options)
-        self._restart()
-
-    def _restart(self) -> None:
-        self.sums, self.count, self.started = defaultdict(float), 0, time.perf_counter()
-
-    def add(self, metrics: dict[str, torch.Tensor]) -> None:
-        for name, value in metrics.items():
-            self.sums[name] += value.item()
-        self.count += 1
-
-    def write(self, step: int, **metrics: float) -> dict[str, float]:
-        """Write the means, the speed in images per second, and `metrics`; returns all of them."""
-        if self.count:
-            speed = self.count * self.batch_size / (time.perf_counter() - self.started)
-            metrics |= {name: total / self.count for name, total in self.sums.items()} | {"images_per_second": speed}
-        if metrics and self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
-            self.accelerator.log(metrics, step=step)
-        self._restart()
-        return metrics
+    def averaged_network(self, decay: float | None):
+        return averaged_network(
+            self.accelerator, self.model, self.averages, decay, lambda: self.task.build_model(pretrained_weights=False)
+        )
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -205,75 +245,8 @@ def mixed_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-@contextmanager
-def ema_weights(ema: EMAModel, model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode with the averaged weights; afterwards as it was."""
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
-        ema.restore(model.parameters())
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the list instead of dying from the first one; the second acts as usual."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
-        yield received
-        return
-
-    def receive(number: int, frame: object) -> None:
-        received.append(number)
-        restore()
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        restore()
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first."""
-    return sorted(output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def checkpoint_to_resume(config: TrainingConfig) -> Path | None:
-    found = checkpoints(Path(config.output_dir))
-    wanted = config.resume_from_checkpoint
-    if wanted == "latest":
-        return found[-1] if found else None
-    if wanted is not None:
-        if not Path(wanted).is_dir():
-            raise ValueError(f"`resume_from_checkpoint` ({wanted!r}) must be 'latest' or the folder of a checkpoint.")
-        return Path(wanted)
-    if found:
-        raise ValueError(
-            f"`output_dir` ({config.output_dir!r}) holds checkpoints up to {found[-1].name}: resume with "
-            "`resume_from_checkpoint` 'latest', or choose or empty the folder."
-        )
-    return None
-
-
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, total_limit: int) -> None:
-    """Write `checkpoint-STEP` so that it exists complete or not at all, then delete the oldest beyond the limit."""
-    unfinished, finished = output_dir / "unfinished-checkpoint", output_dir / f"checkpoint-{step}"
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if finished.exists():
-            shutil.rmtree(finished)
-        unfinished.replace(finished)
-        for old in checkpoints(output_dir)[:-total_limit]:
-            shutil.rmtree(old)
+def floats(metrics: dict[str, list[torch.Tensor]]) -> dict[str, list[float]]:
+    """Numbers out of 0-d tensors, in one transfer from the device."""
+    tensors = [whole(torch.as_tensor(value)).float() for values in metrics.values() for value in values]
+    numbers = iter(torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist())
+    return {name: [next(numbers) for _ in values] for name, values in metrics.items()}

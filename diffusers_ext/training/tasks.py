@@ -8,16 +8,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi
 from PIL import Image
 from torch import nn
 
-from diffusers import DDIMScheduler, DDPMScheduler, ModelMixin
+from diffusers import (
+    AutoencoderKL,
+    AutoModel,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    ModelMixin,
+    SchedulerMixin,
+)
 
+from diffusers_ext.cards import write_training_card
+from diffusers_ext.evaluation.noise_levels import accuracy_by_noise_level
 from diffusers_ext.models import PRESETS
-from diffusers_ext.pipelines import ClassConditionalPipeline
+from diffusers_ext.pipelines import ClassConditionalPipeline, ClassifierGuidedPipeline
+from diffusers_ext.training.captions import CaptionEncoder
 from diffusers_ext.training.config import ClassifierTrainingConfig, TrainingConfig, UNetTrainingConfig
-from diffusers_ext.training.data import ImageDataset, load_images
-from diffusers_ext.training.objectives import ForwardProcess, denoising_losses
+from diffusers_ext.training.critics import Critics
+from diffusers_ext.training.data import Batch, ImageData, open_data
+from diffusers_ext.training.objectives import ForwardProcess, Objective, build_scheduler
 
 
 class Task:
@@ -26,41 +39,63 @@ class Task:
     Args:
         config: options.
         device: where batches will be.
-        variance_type, prediction_type: of the scheduler that is saved with the network.
     """
 
     name: str  # of the component in a pipeline, and of its folder
-    data: ImageDataset
+    components: tuple[str, ...]  # what the network may be called in a pipeline that it is taken from
+    data: ImageData
+    scheduler: SchedulerMixin  # saved with the network
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        device: torch.device | str,
-        variance_type: str = "fixed_small",
-        prediction_type: str = "epsilon",
-    ):
+    def __init__(self, config: TrainingConfig, device: torch.device | str):
         self.config = config
-        self.device = device
-        self.model_class, self.model_options = network(config)
-        self.scheduler = DDPMScheduler(
-            config.num_train_timesteps,
-            beta_schedule=config.beta_schedule,
-            variance_type=variance_type,
-            prediction_type=prediction_type,
-            clip_sample=True,
-        )
-        self.process = ForwardProcess(self.scheduler.betas, device)
+        self.device = torch.device(device)
+        self.pretrained: ModelMixin | None = None
+        if config.pretrained_model_name_or_path is None:
+            self.model_class, self.model_options = network(config)
+            return
+        given = [*given_options(config), *(["model_options"] if config.model_options else [])]
+        if given:
+            raise ValueError(
+                f"`{given[0]}` is given, but `pretrained_model_name_or_path` "
+                f"({config.pretrained_model_name_or_path!r}) has a shape of its own; leave one of them out."
+            )
+        self.pretrained = load_network(config.pretrained_model_name_or_path, self.components)
+        self.model_class = type(self.pretrained)
+        self.model_options = {key: value for key, value in self.pretrained.config.items() if not key.startswith("_")}
 
-    def build_model(self) -> nn.Module:
+    def build_model(self, pretrained_weights: bool = True) -> ModelMixin:
+        """The network, with random weights or those of the pretrained one.
+
+        Args:
+            pretrained_weights: False leaves the weights random in any case.
+
+        Raises:
+            ValueError: when the data or the objective need another network than the pretrained one.
+        """
+        learned = self.learned_options()
+        if self.pretrained is not None:
+            for name, value in learned.items():
+                if name in self.model_options and self.model_options[name] != value:
+                    raise ValueError(
+                        f"`pretrained_model_name_or_path` ({self.config.pretrained_model_name_or_path!r}) has "
+                        f"{name}={self.model_options[name]}, but this training needs {value}. Change the options of "
+                        "the training (`learned_variance`, `class_conditional`, `class_dropout_prob`), or train anew."
+                    )
+        model = self.model_class(**self.model_options | learned)
+        if self.pretrained is not None and pretrained_weights:
+            model.load_state_dict(self.pretrained.state_dict())
+        return model
+
+    def learned_options(self) -> dict[str, Any]:
+        """Options of the network that follow from the data and the objective."""
         raise NotImplementedError
 
-    def losses(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Means over a batch: `loss` is minimised, the others are logged. Noise comes from the global generator.
 
         Args:
             model: the network, possibly wrapped.
-            images: uint8 `(B, C, H, W)` on the device.
-            labels: class ids `(B,)` on the device, or None when the data have none.
+            batch: on the device.
         """
         raise NotImplementedError
 
@@ -71,22 +106,57 @@ class Task:
         """
         raise NotImplementedError
 
-    def save(self, model: nn.Module, output_dir: Path) -> None:
-        """Write the trained network and its scheduler into their folders."""
-        model.save_pretrained(output_dir / self.name)
-        self.scheduler.save_pretrained(output_dir / "scheduler")
+    def pipeline(self, model: nn.Module) -> DiffusionPipeline | None:
+        """The complete pipeline around the trained network, if there is one."""
+        raise NotImplementedError
 
-    def _load_images(self, split: str, need_labels: bool) -> ImageDataset:
-        config = self.config
-        return load_images(
-            config.dataset,
-            split,
-            sample_size=self._option("sample_size"),
-            channels=self._option("in_channels"),
-            image_column=config.image_column,
-            label_column=config.label_column,
-            need_labels=need_labels,
+    def save(self, model: nn.Module, output_dir: Path) -> None:
+        """Write the trained pipeline, or network and scheduler, and a model card filled from the run."""
+        pipeline = self.pipeline(model)
+        if pipeline is None:
+            model.save_pretrained(output_dir / self.name)
+            self.scheduler.save_pretrained(output_dir / "scheduler")
+        else:
+            pipeline.save_pretrained(output_dir)
+        parts = {} if pipeline is None else pipeline.components
+        ours = {name: part for name, part in parts.items() if type(part).__module__.startswith("diffusers_ext.")}
+        write_training_card(output_dir, self.config, ours or {self.name: model}, pipeline)
+
+    def publish(self, output_dir: Path) -> str:
+        """Upload the finished run folder without its checkpoints; returns the address."""
+        api = HfApi()
+        name = self.config.hub_model_id or output_dir.resolve().name
+        repository = api.create_repo(name, private=self.config.hub_private_repo, exist_ok=True).repo_id
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=output_dir,
+            commit_message=f"Train {self.model_class.__name__} with diffusers_ext",
+            ignore_patterns=["checkpoint-*", "unfinished-*", "latents/*", "posthoc_ema/*", "logs/*", ".*"],
         )
+        return f"{api.endpoint}/{repository}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of the task beside its network."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+
+    def _open_data(self, split: str, **needs: bool) -> ImageData:
+        size, channels = self._option("sample_size"), self._option("in_channels")
+        return open_data(self.config, split, sample_size=size, channels=channels, **needs)
+
+    def _draw(self, pipeline: DiffusionPipeline, count: int, arguments: dict[str, Any], path: Path) -> None:
+        """A grid of `count` samples, each from a seed of its own, by DDIM, or Euler's method for a flow."""
+        if isinstance(pipeline.scheduler, DDPMScheduler):
+            pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        pipeline.to(self.device).set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(self.config.seed + index) for index in range(count)]
+        images = pipeline(**arguments, generator=generators, output_type="pt").images
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}")
+        image_grid(images * 2 - 1).save(unfinished, format="png")
+        unfinished.replace(path)
 
     def _option(self, name: str) -> Any:
         """What the network is built with, its constructor's defaults included."""
@@ -109,6 +179,12 @@ NETWORK_OPTIONS = (
 )
 
 
+def given_options(config: TrainingConfig) -> dict[str, Any]:
+    """Options of the network that were given by name."""
+    given = {name: getattr(config, name, None) for name in NETWORK_OPTIONS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def network(config: TrainingConfig) -> tuple[type[ModelMixin], dict[str, Any]]:
     """Class of the network to train, and the options it is built with.
 
@@ -118,8 +194,7 @@ def network(config: TrainingConfig) -> tuple[type[ModelMixin], dict[str, Any]]:
     if config.model not in PRESETS:
         raise ValueError(f"`model` ({config.model!r}) is unknown. Valid: {', '.join(PRESETS)}.")
     model_class, options = PRESETS[config.model]
-    given = {name: getattr(config, name, None) for name in NETWORK_OPTIONS}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = given_options(config)
     for item in config.model_options:
         name, separator, value = item.partition("=")
         try:
@@ -138,118 +213,170 @@ def network(config: TrainingConfig) -> tuple[type[ModelMixin], dict[str, Any]]:
     return model_class, {**options, **given}
 
 
+def load_network(name: str, components: tuple[str, ...]) -> ModelMixin:
+    """A network by itself, or one of the components of a pipeline, in float32.
+
+    Args:
+        name: folder or Hub name.
+        components: what the network may be called in a pipeline.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    reasons = []
+    for subfolder in (*components, None):
+        try:
+            return AutoModel.from_pretrained(name, subfolder=subfolder, torch_dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            reasons.append(str(error).strip().splitlines()[0])
+    raise ValueError(
+        f"`pretrained_model_name_or_path` ({name!r}) must be the folder or Hub name of a network, or of a pipeline "
+        f"that has one of {', '.join(components)}: {reasons[-1]}"
+    )
+
+
 class UNetTask(Task):
     """Predict the noise of an image, or what it follows from, and with learned variance how certain each step is."""
 
+    components = ("unet", "transformer")
+
     def __init__(self, config: UNetTrainingConfig, device: torch.device | str = "cpu"):
-        variance_type = "learned_range" if config.learned_variance else "fixed_small"
-        super().__init__(config, device, variance_type, config.prediction_type)
-        if config.learned_variance and config.prediction_type != "epsilon":
-            raise ValueError(
-                f"`prediction_type` is {config.prediction_type!r}, but the variance is learned beside the noise only. "
-                'Use "epsilon", or leave the variance fixed with `learned_variance=False`.'
-            )
+        super().__init__(config, device)
         if not 0 <= config.class_dropout_prob < 1 or (config.class_dropout_prob and not config.class_conditional):
             raise ValueError(
                 f"`class_dropout_prob` ({config.class_dropout_prob}) must lie in [0, 1), and be 0 unless "
                 "`class_conditional` is set: it is the share of labels that the network does not see."
             )
-        self.data = self._load_images(config.dataset_split, need_labels=config.class_conditional)
+        self.objective = Objective(config, self.device)
+        self.scheduler = self.objective.scheduler
         self.name = "transformer" if "Transformer" in self.model_class.__name__ else "unet"
+        self.captions = None
+        if config.caption_column is not None:
+            self.captions = CaptionEncoder.from_pretrained(config.text_encoder).to(self.device)
+            if self.pretrained is None and "cross_attention_dim" in inspect.signature(self.model_class).parameters:
+                self.model_options = {"cross_attention_dim": self.captions.dim} | self.model_options
+            self.captions.check_network(self.model_class, self.model_options)
+        self.data = self._open_data(
+            config.dataset_split,
+            need_labels=config.class_conditional,
+            need_captions=config.caption_column is not None,
+        )
+        self.vae = None if config.vae is None else AutoencoderKL.from_pretrained(config.vae)
+        self.critics = Critics(
+            config, channels=self._option("in_channels"), sample_size=self._option("sample_size"), device=self.device
+        )
 
-    def build_model(self) -> ModelMixin:
+    def learned_options(self) -> dict[str, Any]:
         config = self.config
-        learned = {
+        return {
             "out_channels": self._option("in_channels") * (2 if config.learned_variance else 1),
             "num_class_embeds": self.data.num_classes if config.class_conditional else None,
             "null_class": config.class_dropout_prob > 0,
         }
-        return self.model_class(**self.model_options | learned)
 
-    def save(self, model: nn.Module, output_dir: Path) -> None:
-        ClassConditionalPipeline(**{self.name: model}, scheduler=self.scheduler).save_pretrained(output_dir)
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        x_start = batch.images if self.data.latents else to_unit_range(batch.images)
+        conditions: dict[str, Any] = {}
+        if self.config.class_conditional:
+            dropped = torch.rand(len(batch.labels), device=self.device) < self.config.class_dropout_prob
+            conditions["class_labels"] = batch.labels.masked_fill(dropped, self.data.num_classes)
+        if self.captions is not None:
+            conditions |= self.captions.conditions(batch.captions, self.config.caption_dropout_prob)
+        step = self.objective.step(lambda x_t, timesteps: model(x_t, timesteps, **conditions).sample, x_start)
+        return {name: values.mean() for name, values in self.critics.losses(step, x_start).items()}
 
-    def losses(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        x_start = to_unit_range(images)
-        noise = torch.randn_like(x_start)
-        timesteps = torch.randint(self.process.num_timesteps, (len(images),), device=images.device)
-        x_t = self.process.add_noise(x_start, noise, timesteps)
-        if not self.config.class_conditional:
-            labels = None
-        elif self.config.class_dropout_prob:
-            dropped = torch.rand(len(labels), device=labels.device) < self.config.class_dropout_prob
-            labels = labels.masked_fill(dropped, self.data.num_classes)
-        model_output = model(x_t, timesteps, labels).sample
-        losses = denoising_losses(
-            self.process, model_output, x_start, x_t, noise, timesteps, self.config.prediction_type
+    def pipeline(self, model: nn.Module) -> ClassConditionalPipeline:
+        names = self.data.class_names if self.config.class_conditional else None
+        text = {} if self.captions is None else self.captions.components()
+        return ClassConditionalPipeline(
+            **{self.name: model},
+            scheduler=self.scheduler,
+            vae=self.vae,
+            id2label=None if names is None else dict(enumerate(names)),
+            **text,
         )
-        return {name: values.mean() for name, values in losses.items()}
 
     @torch.no_grad()
     def validate(self, model: nn.Module, step: int, output_dir: Path) -> dict[str, float]:
         """Draw images from fixed noise into `output_dir/samples/STEP.png`."""
-        config = self.config
-        count, channels, size = config.validation_images, self.data.channels, self.data.sample_size
-        generator = torch.Generator().manual_seed(config.seed)
-        sample = torch.randn(count, channels, size, size, generator=generator)
-        sample = sample.to(self.device)
-        labels = None
+        config, count = self.config, self.config.validation_images
+        arguments: dict[str, Any] = {"guidance_scale": config.validation_guidance_scale}
         if config.class_conditional:
-            labels = torch.arange(count, device=self.device) % self.data.num_classes
-        scheduler = DDIMScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(config.validation_inference_steps)
-        for timestep in scheduler.timesteps:
-            epsilon = model(sample, timestep.to(self.device), labels).sample[:, :channels]
-            sample = scheduler.step(epsilon, timestep, sample).prev_sample
-        path = output_dir / "samples" / f"{step:07d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(sample).save(path)
+            arguments["class_labels"] = [index % self.data.num_classes for index in range(count)]
+        if self.captions is not None:
+            prompts = config.validation_prompts or self.data.rows(list(range(count))).captions
+            arguments["prompt"] = [prompts[index % len(prompts)] for index in range(count)]
+        arguments["num_inference_steps"] = config.validation_inference_steps
+        self._draw(self.pipeline(model), count, arguments, output_dir / "samples" / f"{step:07d}.png")
         return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"objective": self.objective.state_dict(), "critics": self.critics.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.objective.load_state_dict(state["objective"])
+        self.critics.load_state_dict(state["critics"])
 
 
 class ClassifierTask(Task):
     """Recognise the class of an image under any amount of noise."""
 
     name = "classifier"
+    components = ("classifier",)
 
     def __init__(self, config: ClassifierTrainingConfig, device: torch.device | str = "cpu"):
         super().__init__(config, device)
-        self.data = self._load_images(config.dataset_split, need_labels=True)
-        self.validation_data = self._load_images(config.validation_split, need_labels=True)
+        self.scheduler = build_scheduler(config)
+        self.process = ForwardProcess(self.scheduler.betas, self.device)
+        self.data = self._open_data(config.dataset_split, need_labels=True)
+        self.validation_data = self._open_data(config.validation_split, need_labels=True)
+        self.guided = None if config.unet is None else DiffusionPipeline.from_pretrained(config.unet)
 
-    def build_model(self) -> ModelMixin:
-        return self.model_class(**self.model_options | {"num_classes": self.data.num_classes})
+    def learned_options(self) -> dict[str, Any]:
+        return {"num_classes": self.data.num_classes}
 
-    def losses(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        timesteps = torch.randint(self.process.num_timesteps, (len(images),), device=images.device)
-        logits = self._logits_of_noisy(model, images, timesteps)
+    def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+        x_start = to_unit_range(batch.images)
+        timesteps = torch.randint(self.process.num_timesteps, (len(x_start),), device=self.device)
+        x_t = self.process.add_noise(x_start, torch.randn_like(x_start), timesteps)
+        logits = model(x_t, timesteps).logits.float()
         return {
-            "loss": F.cross_entropy(logits, labels),
-            "accuracy": (logits.argmax(dim=1) == labels).float().mean(),
+            "loss": F.cross_entropy(logits, batch.labels),
+            "accuracy": (logits.argmax(dim=1) == batch.labels).float().mean(),
         }
 
     @torch.no_grad()
     def validate(self, model: nn.Module, step: int, output_dir: Path) -> dict[str, float]:
-        """Accuracy on held-out images in each quarter of the timesteps, from the cleanest to the noisiest."""
-        config, quarter = self.config, self.process.num_timesteps // 4
-        count = min(config.validation_images, len(self.validation_data))
-        torch.manual_seed(config.seed)
-        metrics = {}
-        for index in range(4):
-            correct = 0
-            for start in range(0, count, config.train_batch_size):
-                rows = list(range(start, min(start + config.train_batch_size, count)))
-                images, labels = (x.to(self.device) for x in self.validation_data.__getitems__(rows))
-                timesteps = torch.randint(quarter * index, quarter * (index + 1), (len(rows),), device=self.device)
-                logits = self._logits_of_noisy(model, images, timesteps)
-                correct += (logits.argmax(dim=1) == labels).sum().item()
-            metrics[f"accuracy_quarter{index + 1}"] = correct / count
-        return metrics
+        """Accuracy and calibration on held-out images at eight noise levels, as table and plot in `output_dir`, and
+        guided samples where there is a denoiser to guide."""
+        report = accuracy_by_noise_level(
+            model,
+            self.scheduler,
+            self.validation_data,
+            num_images=self.config.validation_images,
+            batch_size=self.config.train_batch_size,
+            seed=self.config.seed,
+            device=self.device,
+        )
+        report.save(output_dir)
+        pipeline = self.pipeline(model)
+        if pipeline is not None:
+            arguments = {"class_labels": list(range(self.data.num_classes)), "num_inference_steps": 25}
+            self._draw(pipeline, self.data.num_classes, arguments, output_dir / "samples" / f"{step:07d}.png")
+        return report.metrics()
 
-    def _logits_of_noisy(self, model: nn.Module, images: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        x_start = to_unit_range(images)
-        x_t = self.process.add_noise(x_start, torch.randn_like(x_start), timesteps)
-        return model(x_t, timesteps).logits.float()
+    def pipeline(self, model: nn.Module) -> ClassifierGuidedPipeline | None:
+        if self.guided is None:
+            return None
+        names, config = self.data.class_names, self.scheduler.config
+        keys = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
+        return ClassifierGuidedPipeline(
+            unet=self.guided.components.get("transformer") or self.guided.unet,
+            classifier=model,
+            scheduler=self.guided.scheduler,
+            id2label=None if names is None else dict(enumerate(names)),
+            classifier_schedule={key: config[key] for key in keys},
+        )
 
 
 TASKS: dict[type[TrainingConfig], type[Task]] = {

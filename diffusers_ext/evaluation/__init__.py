@@ -1,0 +1,1 @@
+"""Judging what was trained: features of images, metrics on them, and reports."""
