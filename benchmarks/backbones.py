@@ -3,7 +3,7 @@
 Every backbone is trained class-conditionally, with a null class, until its forward passes have cost the same number of
 floating-point operations, and then draws digits with classifier-free guidance. A judge that is no network (nearest
 neighbours among the training images) reads them; their distribution is compared with held-out images by the Frechet
-distance in the space of the first 64 principal components of the training images' pixels (FD-PCA64).
+distance in the space of the first 64 principal components of the training images' pixels (FD-pca64).
 
 Interrupted, the command goes on where it was. The table is printed, and written to a file with `--results`.
 """
@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from guided_digits import MNIST
+from mnist import MNIST
 from sections import write_section
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
@@ -129,7 +129,7 @@ def main(options: Options) -> None:
 
     lines = [
         "| backbone | class | parameters | GFLOPs | images trained on | images/s, training | images/s, network call | "
-        "test loss | right digits | FD-PCA64 |",
+        "test loss | right digits | FD-pca64 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():

@@ -17,6 +17,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
+from mnist import MNIST, ROOT
 from sections import write_section
 from tqdm.auto import tqdm
 
@@ -31,17 +32,13 @@ from diffusers_ext.training.config import TrainingConfig
 from diffusers_ext.training.data import open_data
 
 
-ROOT = Path(__file__).resolve().parents[1]
-LOCAL_MNIST = ROOT.parent / "shared" / "data" / "mnist"
-
-
 @dataclass(frozen=True)
 class Options:
     run: tyro.conf.Positional[Path]
     """run folder of a classifier's training, with its checkpoints"""
     model: str = str(ROOT / "model_cards" / "adm-mnist")
     """folder or Hub name of the pipeline that is guided; its own classifier is left out"""
-    dataset: str = str(LOCAL_MNIST) if LOCAL_MNIST.is_dir() else "ylecun/mnist"
+    dataset: str = MNIST
     """folder or Hub name, with splits train and test and labels"""
     steps: tuple[int, ...] = (100, 200, 400, 800, 1600, 3000, 5000)
     """checkpoints, by training step; those that are not there are left out"""
@@ -84,7 +81,7 @@ def main(options: Options) -> None:
         folder = options.run / f"checkpoint-{step}"
         if not folder.is_dir():
             continue
-        classifier = ADMClassifierModel.from_config(options.run / "classifier")
+        classifier = ADMClassifierModel.from_config(ADMClassifierModel.load_config(options.run / "classifier"))
         classifier.load_state_dict(load_file(folder / "model.safetensors"))
         if str(step) not in results:
             report = accuracy_by_noise_level(classifier, _schedule(pipe), held_out, num_images=options.num_images)

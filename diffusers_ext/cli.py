@@ -12,6 +12,7 @@ import yaml
 
 from diffusers_ext.evaluation.evaluate import EvaluateConfig
 from diffusers_ext.evaluation.sampling import SampleConfig
+from diffusers_ext.training.checkpoints import DiskFullError
 from diffusers_ext.training.config import (
     CLASSIFIER_PRESETS,
     UNET_PRESETS,
@@ -79,7 +80,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         command = _parse(args)
         _run(command)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, ImportError, DiskFullError) as error:
         sys.exit(f"diffusers-ext {args[0] if args else ''}: {error}")
 
 

@@ -17,6 +17,9 @@ from diffusers_ext.training.data import Batch, ImageData, StreamedData, open_dat
 from diffusers_ext.training.images import ImageTransform, center_crop, convert_mode, fit_image, random_crop
 
 
+CLASSES = datasets.ClassLabel(names=["a", "b"])
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -183,6 +186,10 @@ def test_labels_can_be_integers_or_missing(tmp_path):
 
 
 def test_unknown_labels_matter_only_where_labels_are_needed(tmp_path):
+    folder = write(tmp_path / "two", numbered(2), fine=([1, 0], CLASSES), coarse=([0, 0], CLASSES))
+    assert open_data(config(folder), "train", sample_size=4, channels=1).rows([0]).labels is None
+    with pytest.raises(ValueError, match="`label_column` must be given: .* 2 have the type ClassLabel"):
+        open_data(config(folder), "train", sample_size=4, channels=1, need_labels=True)
     folder = write(tmp_path / "d", numbered(2), label=([None, None], datasets.ClassLabel(names=["a", "b"])))
     assert open_data(config(folder), "train", sample_size=4, channels=1).rows([0]).labels is None
     with pytest.raises(ValueError, match="label of row 0 .* is missing"):
@@ -228,11 +235,11 @@ def test_processes_resumed_runs_and_workers_share_the_batches_of_one(options, de
     captions = [[f"{row}", f"number {row}"] for row in range(10)]
     folder = write(tmp_path / "d", numbered(10, size=9), files=2, label=labels, text=captions)
     options = config(folder, random_flip=True, caption_column="text", **options)
-    data = open_data(options, "train", sample_size=8, channels=1)
+    data = open_data(options, "train", sample_size=8, channels=1, need_labels=True)
     expected = take(data, 9)
     ranks = [take(data, 3, first=3 + rank, stride=2) for rank in range(2)]
     assert_same([batch for turn in zip(*ranks) for batch in turn], expected[3:])
-    again = open_data(options, "train", sample_size=8, channels=1)
+    again = open_data(options, "train", sample_size=8, channels=1, need_labels=True)
     random_state = torch.get_rng_state()
     assert_same(take(again, 7, first=2, num_workers=2), expected[2:])
     torch.testing.assert_close(torch.get_rng_state(), random_state)
@@ -246,7 +253,7 @@ def test_a_stream_has_no_length_but_rows_from_its_beginning():
     assert type(data) is StreamedData
     with pytest.raises(TypeError, match="length of streamed data is not known"):
         len(data)
-    on_disk = open_data(config(), "train", sample_size=8, channels=1)
+    on_disk = open_data(config(), "train", sample_size=8, channels=1, need_labels=True)
     for rows in ([5, 2], [20, 0]):
         assert_same([data.rows(rows)], [on_disk.rows(rows)])
     with pytest.raises(ValueError, match="Row 5000 was asked for, but the streamed split has 1500 rows"):
@@ -347,7 +354,6 @@ def test_the_first_frame_of_an_animation_is_taken_and_rotated_photos_are_turned(
 
 GREY, COLOUR = encoded(Image.new("L", (4, 4))), encoded(Image.new("RGB", (4, 4), "red"))
 BROKEN = {"bytes": encoded(Image.effect_noise((64, 64), 50))["bytes"][:400], "path": None}
-CLASSES = datasets.ClassLabel(names=["a", "b"])
 
 
 @pytest.mark.parametrize(

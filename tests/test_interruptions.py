@@ -17,13 +17,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from test_training import TINY_CLASSIFIER, TINY_UNET, assert_same_end, lines, untimed, weights_of
+from test_training import TINY_UNET, assert_same_end, lines, untimed, weights_of
 
 from diffusers_ext.training.checkpoints import DiskFullError, checkpoints, damage
 from diffusers_ext.training.config import TrainingConfig
 from diffusers_ext.training.data import ImageData
 from diffusers_ext.training.loop import train
-from diffusers_ext.training.tasks import ClassifierTask, UNetTask
+from diffusers_ext.training.tasks import UNetTask
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ KILLED = replace(
     norm_num_groups=2,
     layers_per_block=1,
     train_batch_size=2,
-    max_train_steps=40,
+    max_train_steps=30,
     checkpointing_steps=2,
     checkpoints_total_limit=2,
     validation_steps=9,
@@ -99,7 +99,9 @@ def kill_and_resume(folder: str, seed: int, kills: int) -> None:
 
     config = replace(KILLED, output_dir=str(often))
     outcomes = Counter()
-    for number in range(kills):
+    signals = [signal.SIGKILL] * kills + [signal.SIGTERM, signal.SIGINT]
+    moments.shuffle(signals)
+    for index, number in enumerate(signals):
         reached = len(checkpoints(often)) and checkpoints(often)[-1]
 
         def wait(child: int) -> None:
@@ -108,20 +110,16 @@ def kill_and_resume(folder: str, seed: int, kills: int) -> None:
             while (checkpoints(often) or [0])[-1] == reached and time.monotonic() < deadline:
                 time.sleep(0.001)
             time.sleep(moments.uniform(0, duration / 20))
-            while number % 2 and not (often / "unfinished-checkpoint").exists() and time.monotonic() < deadline:
+            while index % 2 and not (often / "unfinished-checkpoint").exists() and time.monotonic() < deadline:
                 if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                     return
             time.sleep(moments.uniform(0, 0.01))
 
-        status = interrupt(config, log, signal.SIGKILL, wait)
+        status = interrupt(config, log, number, wait)
         outcomes["within a checkpoint"] += (often / "unfinished-checkpoint").exists()
         outcomes[signal.Signals(-status).name if status < 0 else f"exit {status}"] += 1
         if any(damage(checkpoint) for checkpoint in checkpoints(often)):
-            raise RuntimeError(f"kill {number}: a checkpoint is there, but not complete")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        reached = len(checkpoints(often)) and checkpoints(often)[-1]
-        status = interrupt(config, log, number, lambda child: time.sleep(duration * moments.uniform(0.3, 0.6)))
-        outcomes[f"{number.name}: {status}"] += 1
+            raise RuntimeError(f"kill {index}: a checkpoint is there, but not complete")
     child = fork(config, log)
     if os.waitpid(child, 0)[1]:
         raise RuntimeError(log.read_text())
@@ -161,15 +159,15 @@ def raises(number: int, wrapped: Callable, call: int) -> Callable:
 @pytest.mark.parametrize(
     "owner, name, call, step",
     [
-        pytest.param(ClassifierTask, "losses", 3, 3, id="in a step"),
+        pytest.param(UNetTask, "losses", 3, 3, id="in a step"),
         pytest.param(ImageData, "__getitem__", 3, 2, id="while data are loaded"),
-        pytest.param(ClassifierTask, "validate", 1, 4, id="in a validation"),
+        pytest.param(UNetTask, "validate", 1, 4, id="in a validation"),
         pytest.param(Accelerator, "save_state", 1, 3, id="in a checkpoint"),
-        pytest.param(ClassifierTask, "validate", 2, 6, id="in the last validation"),
+        pytest.param(UNetTask, "validate", 2, 6, id="in the last validation"),
     ],
 )
 def test_a_signal_ends_in_a_resumable_state(owner, name, call, step, number, tmp_path, monkeypatch, capsys):
-    config = replace(TINY_CLASSIFIER, resume_from_checkpoint="latest", checkpointing_steps=3)
+    config = replace(TINY_UNET, resume_from_checkpoint="latest", checkpointing_steps=3)
     once, twice = (replace(config, output_dir=str(tmp_path / run)) for run in ("once", "twice"))
     train(once)
     before = signal.getsignal(number)
@@ -198,7 +196,7 @@ def assert_resumable(config: TrainingConfig, reference: TrainingConfig, last: st
 
 def test_a_file_too_large_for_the_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     """The limit of the operating system on files stands for a disk that is full: the same calls fail."""
-    reference, config = (replace(TINY_CLASSIFIER, output_dir=str(tmp_path / name)) for name in ("once", "twice"))
+    reference, config = (replace(TINY_UNET, output_dir=str(tmp_path / name)) for name in ("once", "twice"))
     train(reference)
     save_state, limits = Accelerator.save_state, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -276,23 +274,23 @@ def poisoned(monkeypatch):
     """Makes the loss of chosen forward passes, counted from 1, another one: `poisoned({3: nan})`."""
 
     def poison(losses: dict[int, float]) -> None:
-        original, calls = ClassifierTask.losses, iter(range(1, 1000))
+        original, calls = UNetTask.losses, iter(range(1, 1000))
 
         def wrapper(self, model, batch):
             found, call = original(self, model, batch), next(calls)
             return found | {"loss": found["loss"] * losses[call]} if call in losses else found
 
-        monkeypatch.setattr(ClassifierTask, "losses", wrapper)
+        monkeypatch.setattr(UNetTask, "losses", wrapper)
 
     return poison
 
 
 @pytest.mark.parametrize("value, told", [(float("nan"), "nan"), (float("inf"), "inf")])
 def test_a_loss_that_is_not_finite_ends_the_run(value, told, poisoned, tmp_path):
-    config = replace(TINY_CLASSIFIER, gradient_accumulation_steps=2, output_dir=str(tmp_path))
+    config = replace(TINY_UNET, gradient_accumulation_steps=2, output_dir=str(tmp_path))
     rows = []
     poisoned({10: value})  # the second half of step 5
-    batches = iter(ClassifierTask(config).data.batches(8, config.seed))
+    batches = iter(UNetTask(config).data.batches(8, config.seed))
     for _ in range(10):
         rows = next(batches).rows
     with pytest.raises(FloatingPointError) as stopped:
@@ -309,19 +307,19 @@ def test_weights_that_explode_end_the_run(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path, monkeypatch):
-    original = ClassifierTask.losses
+    original = UNetTask.losses
 
     def losses(self, model, batch):
         weight = next(model.parameters())
         return original(self, model, batch) | {"loss": (weight - weight.detach()).abs().sqrt().sum()}  # 0 * inf
 
-    monkeypatch.setattr(ClassifierTask, "losses", losses)
+    monkeypatch.setattr(UNetTask, "losses", losses)
     with pytest.raises(FloatingPointError, match="The norm of the gradient is nan at step 1, in the batch of rows"):
-        train(replace(TINY_CLASSIFIER, output_dir=str(tmp_path)))
+        train(replace(TINY_UNET, output_dir=str(tmp_path)))
 
 
 def test_steps_that_are_not_finite_can_be_skipped_and_are_counted(poisoned, tmp_path, capsys):
-    config = replace(TINY_CLASSIFIER, on_nonfinite="skip", lr_scheduler="constant", checkpointing_steps=1)
+    config = replace(TINY_UNET, on_nonfinite="skip", lr_scheduler="constant", checkpointing_steps=1)
     poisoned({3: float("nan"), 4: float("inf")})
     path = train(replace(config, output_dir=str(tmp_path)))
     assert "Skipped 2 steps" in capsys.readouterr().out
@@ -337,4 +335,4 @@ def test_too_many_steps_that_are_not_finite_end_the_run(poisoned, tmp_path, monk
     monkeypatch.setattr("diffusers_ext.training.nonfinite.MAX_IN_A_ROW", 3)
     poisoned(dict.fromkeys((2, 4, 5, 6), float("nan")))
     with pytest.raises(FloatingPointError, match="The loss is nan at step 6 for the 3th time in a row"):
-        train(replace(TINY_CLASSIFIER, on_nonfinite="skip", output_dir=str(tmp_path)))
+        train(replace(TINY_UNET, on_nonfinite="skip", output_dir=str(tmp_path)))

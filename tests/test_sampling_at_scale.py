@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, UNet2DModel
 
-from diffusers_ext import ADMClassifierModel, ADMUNet2DModel
+from diffusers_ext import ADMClassifierModel, ADMUNet2DModel, ComposableUNet2DModel
 from diffusers_ext.evaluation.drawing import SCHEDULERS, open_pipeline, scheduler_class
 from diffusers_ext.evaluation.samples import SampleFolder, read_samples
 from diffusers_ext.evaluation.sampling import SampleConfig, sample
@@ -311,6 +312,25 @@ def test_latent_transformer_of_diffusers(tmp_path):
     )
     arrays = read(sample(replace(config, guidance_scale=2.0, class_labels=("7", "8"))))
     assert arrays["arr_0"].shape == (3, 8, 8, 3) and arrays["arr_1"].tolist() == [7, 8, 7]
+
+
+def test_prompts_are_drawn_in_turn(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "square", "star"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    width = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    unet = ComposableUNet2DModel(in_channels=1, out_channels=1, cross_attention_dim=16, **ADM)
+    encoder = BertModel(BertConfig(vocab_size=len(words), **width))
+    text = {"text_encoder": encoder, "tokenizer": BertTokenizer(str(tmp_path / "vocab.txt"))}
+    model = save(ClassConditionalPipeline(unet=unet, scheduler=DDIMScheduler(), **text), tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a red square\n\na star\n")
+    options = {"output": str(tmp_path / "out"), "num_samples": 3, "num_inference_steps": 2, "device": "cpu"}
+    config = SampleConfig(model, prompts=str(tmp_path / "prompts.txt"), batch_size=2, guidance_scale=3.0, **options)
+    arrays = read(sample(config))
+    assert arrays["arr_0"].shape == (3, 8, 8, 3) and "arr_1" not in arrays
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["options"]["prompts"] == ["a red square", "a star"]
+    with pytest.raises(ValueError, match="ClassConditionalPipeline draws from text: give `prompts`"):
+        sample(replace(config, prompts=None))
 
 
 def test_images_in_a_folder_are_read(tmp_path):

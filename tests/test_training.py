@@ -227,20 +227,20 @@ def test_resumed_run_ends_at_the_same_weights(config, train_until, tmp_path, cap
 
 
 def test_more_steps_and_another_rate_can_be_asked_for_on_resuming(tmp_path):
-    config = replace(TINY_CLASSIFIER, output_dir=str(tmp_path), max_train_steps=3, lr_scheduler="constant")
+    config = replace(TINY_UNET, output_dir=str(tmp_path), max_train_steps=3, lr_scheduler="constant")
     train(config)
     more = replace(config, max_train_steps=6, learning_rate=1e-5)
     train(replace(more, resume_from_checkpoint=str(tmp_path / "checkpoint-3")))
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-6"]
     assert [line["learning_rate"] for line in lines(tmp_path) if "learning_rate" in line] == [1e-3, 1e-3, 1e-5, 1e-5]
     assert torch.load(tmp_path / "checkpoint-6" / "optimizer.bin")["param_groups"][0]["lr"] == 1e-5
-    before = weights_of(tmp_path / "classifier")
+    before = weights_of(tmp_path / "unet")
     train(replace(more, resume_from_checkpoint="latest"))  # finished: only the component is written again
-    torch.testing.assert_close(weights_of(tmp_path / "classifier"), before, rtol=0, atol=0)
+    torch.testing.assert_close(weights_of(tmp_path / "unet"), before, rtol=0, atol=0)
 
 
 def test_going_back_leaves_the_newer_checkpoints_aside(tmp_path, capsys):
-    config = replace(TINY_CLASSIFIER, output_dir=str(tmp_path), checkpoints_total_limit=1, checkpointing_steps=2)
+    config = replace(TINY_UNET, output_dir=str(tmp_path), checkpoints_total_limit=1, checkpointing_steps=2)
     train(replace(config, checkpoints_total_limit=0, max_train_steps=4))
     train(replace(config, max_train_steps=3, resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
     assert "checkpoint-4 is renamed to abandoned-checkpoint-4" in capsys.readouterr().out
@@ -251,7 +251,7 @@ def test_going_back_leaves_the_newer_checkpoints_aside(tmp_path, capsys):
 def test_checkpoints_beyond_the_limit_and_unfinished_ones_go(tmp_path):
     (tmp_path / "unfinished-checkpoint").mkdir()
     (tmp_path / "unfinished-checkpoint" / "model.safetensors").write_text("half")
-    config = replace(TINY_CLASSIFIER, checkpointing_steps=2, checkpoints_total_limit=2, output_dir=str(tmp_path))
+    config = replace(TINY_UNET, checkpointing_steps=2, checkpoints_total_limit=2, output_dir=str(tmp_path))
     train(replace(config, resume_from_checkpoint="latest"))
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
 
@@ -279,16 +279,16 @@ def _flip(checkpoint: Path) -> None:
     ids=["shortened", "changed", "file missing", "torn manifest", "empty"],
 )
 def test_a_damaged_checkpoint_is_passed_over(break_it, told, tmp_path, capsys):
-    config = replace(TINY_CLASSIFIER, output_dir=str(tmp_path), max_train_steps=2, checkpointing_steps=1)
+    config = replace(TINY_UNET, output_dir=str(tmp_path), max_train_steps=2, checkpointing_steps=1)
     train(config)
-    expected = weights_of(tmp_path / "classifier")
+    expected = weights_of(tmp_path / "unet")
     break_it(tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match="checkpoint-2.* is damaged"):
         train(replace(config, resume_from_checkpoint=str(tmp_path / "checkpoint-2")))
     train(replace(config, resume_from_checkpoint="latest"))
     printed = capsys.readouterr().out
     assert "checkpoint-2 is damaged" in printed and told in printed and "going on from checkpoint-1" in printed
-    torch.testing.assert_close(weights_of(tmp_path / "classifier"), expected, rtol=0, atol=0)
+    torch.testing.assert_close(weights_of(tmp_path / "unet"), expected, rtol=0, atol=0)
     for path in checkpoints(tmp_path):
         (path / "manifest.json").unlink()
     with pytest.raises(ValueError, match="every checkpoint is damaged"):
@@ -305,7 +305,7 @@ def test_a_run_is_not_written_over(tmp_path):
 
 
 def test_a_checkpoint_of_other_options_is_refused(tmp_path):
-    config = replace(TINY_CLASSIFIER, output_dir=str(tmp_path), max_train_steps=1)
+    config = replace(TINY_UNET, output_dir=str(tmp_path), max_train_steps=1)
     train(config)
     more = replace(config, resume_from_checkpoint="latest", max_train_steps=2)
     with pytest.raises(ValueError, match="checkpoint-1.* does not fit the options of this run"):
@@ -318,9 +318,9 @@ def test_a_checkpoint_of_other_options_is_refused(tmp_path):
 
 
 def test_moving_average_can_be_left_out(tmp_path):
-    train(replace(TINY_CLASSIFIER, use_ema=False, output_dir=str(tmp_path)))
+    train(replace(TINY_UNET, use_ema=False, output_dir=str(tmp_path)))
     expected = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
-    torch.testing.assert_close(weights_of(tmp_path / "classifier"), expected, rtol=0, atol=0)
+    torch.testing.assert_close(weights_of(tmp_path / "unet"), expected, rtol=0, atol=0)
 
 
 def test_several_averages_are_saved_as_variants(tmp_path):
@@ -354,7 +354,7 @@ def test_averages_of_any_width_are_made_afterwards(train_until, tmp_path):
     """The widths that were kept come out again, and others lie between; a resumed run has the same."""
     pytest.importorskip("ema_pytorch")
     config = replace(
-        TINY_CLASSIFIER, posthoc_ema_sigma_rels=(0.05, 0.075, 0.1), use_ema=False, resume_from_checkpoint="latest"
+        TINY_UNET, posthoc_ema_sigma_rels=(0.05, 0.075, 0.1), use_ema=False, resume_from_checkpoint="latest"
     )
     once, twice = (replace(config, output_dir=str(tmp_path / name)) for name in ("once", "twice"))
     path = train(once)
@@ -363,11 +363,11 @@ def test_averages_of_any_width_are_made_afterwards(train_until, tmp_path):
     train(twice)
     for sigma_rel in config.posthoc_ema_sigma_rels:
         variant = posthoc_variant(sigma_rel)
-        torch.testing.assert_close(weights_of(tmp_path / "twice" / "classifier", variant), weights_of(path, variant))
+        torch.testing.assert_close(weights_of(tmp_path / "twice" / "unet", variant), weights_of(path, variant))
     for index, sigma_rel in enumerate((0.05, 0.1)):
         kept = torch.load(tmp_path / "once" / "posthoc_ema" / f"{index}.6.pt", weights_only=True)
         expected = {k.removeprefix("ema_model."): v for k, v in kept.items() if k.startswith("ema_model.")}
-        loaded = ADMClassifierModel.from_pretrained(path, variant=posthoc_variant(sigma_rel))
+        loaded = ADMUNet2DModel.from_pretrained(path, variant=posthoc_variant(sigma_rel))
         torch.testing.assert_close(dict(loaded.state_dict()), expected, rtol=1e-3, atol=1e-4)
     name = "conv_in.weight"
     narrow, between, wide = (weights_of(path, posthoc_variant(s))[name] for s in config.posthoc_ema_sigma_rels)
@@ -383,7 +383,7 @@ def test_bfloat16_run_keeps_float32_weights(tmp_path):
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
-    config = replace(TINY_CLASSIFIER, max_train_steps=2, dropout=0.0)
+    config = replace(TINY_UNET, max_train_steps=2, dropout=0.0)
     plain = train(replace(config, output_dir=str(tmp_path / "plain")))
     checkpointed = train(replace(config, output_dir=str(tmp_path / "checkpointed"), gradient_checkpointing=True))
     torch.testing.assert_close(weights_of(checkpointed), weights_of(plain), rtol=1e-5, atol=1e-6)
@@ -401,7 +401,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="about training on a CPU")
 def test_what_cannot_work_is_refused(options, error, message, tmp_path):
     with pytest.raises(error, match=message):
-        train(replace(TINY_CLASSIFIER, output_dir=str(tmp_path), **options))
+        train(replace(TINY_UNET, output_dir=str(tmp_path), **options))
 
 
 def test_length_can_be_given_in_epochs(tmp_path):
@@ -447,9 +447,8 @@ def test_tensorboard_receives_numbers_and_pictures(tmp_path):
     train(replace(TINY_UNET, output_dir=str(tmp_path / "run"), report_to="tensorboard"))
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "logs" / "run"))
     events.Reload()
-    recorded = [(event.step, event.value) for event in events.Scalars("loss")]
-    written = [(line["step"], line["loss"]) for line in lines(tmp_path / "run")]
-    assert recorded == pytest.approx(written)
+    recorded = {event.step: event.value for event in events.Scalars("loss")}
+    assert recorded == pytest.approx({line["step"]: line["loss"] for line in lines(tmp_path / "run")})
     images = events.Images("samples")
     assert [(image.step, image.width, image.height) for image in images] == [(4, 16, 16), (6, 16, 16)]
 

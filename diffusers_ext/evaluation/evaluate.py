@@ -22,7 +22,13 @@ from diffusers_ext.evaluation.options import (
     chosen_metrics,
     kind_of_model,
 )
-from diffusers_ext.evaluation.report import compare_images, compare_points, write_report, write_results_to_card
+from diffusers_ext.evaluation.report import (
+    compare_images,
+    compare_points,
+    draw_plots,
+    write_results_to_card,
+    write_tables,
+)
 from diffusers_ext.evaluation.samples import read_samples, write_atomically
 from diffusers_ext.evaluation.sampling import SampleConfig, process_group, sample
 from diffusers_ext.evaluation.sweep import point_name, sweep_points
@@ -99,7 +105,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             _keep_metrics(folder, config, of_samples, metrics)
         row = {"settings": _told(point) | settings, "swept": settings, "num_samples": len(samples)}
         result["points"].append(row | {"metrics": [metric.to_dict() for metric in metrics]})
-        write_report(result, output)
+        write_tables(result, output)
         references.load(samples)
         compare_images(samples, references.test, (output if folder is None else folder) / "samples_and_references.png")
         pictures.append(samples.images[:10])
@@ -107,7 +113,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             compare_points(pictures, output / "sweep_samples.png")
     if not group.is_main_process:
         return {}
-    write_report(result, output)
+    write_tables(result, output)
+    draw_plots(result, output)
     card = card_of(config, kind)
     if card is not None:
         write_results_to_card(card, result)

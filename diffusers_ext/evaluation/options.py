@@ -15,6 +15,7 @@ from diffusers_ext.training.sources import open_source
 
 MetricName = Literal["fd", "kid", "prdc", "accuracy", "diversity", "clip_score", "bpd", "noise_levels"]
 OF_FEATURES = ("fd", "kid", "prdc", "diversity")
+LEAST_SAMPLES = 6  # density and coverage look at five neighbours
 OF_THE_MODEL = ("bpd", "noise_levels")  # the others are of samples
 
 
@@ -83,13 +84,13 @@ def kind_of_model(model: str) -> Literal["pipeline", "classifier", "samples"]:
         ValueError: for a path that is nothing of the kind.
     """
     path = Path(model).expanduser()
-    if path.suffix == ".npz":
+    if path.suffix == ".npz" and path.is_file():
         return "samples"
     if path.is_dir():
         if (path / "model_index.json").exists():
             return "pipeline"
         return "samples" if classifier_folder(model) is None else "classifier"
-    if model.startswith(("/", ".", "~")):
+    if model.startswith(("/", ".", "~")) or path.suffix == ".npz":
         raise ValueError(f"`model` ({model!r}) looks like a local file or folder, but there is none.")
     return "pipeline"
 
@@ -121,6 +122,8 @@ def chosen_metrics(config: EvaluateConfig, kind: str) -> tuple[str, ...]:
                 raise ValueError(f"`{field.name}` is {getattr(config, field.name)}, but {kind} are not drawn anew.")
         if config.sweep:
             raise ValueError(f"`sweep` is {config.sweep}, but `model` is {kind}; give a pipeline to draw from.")
+    elif config.num_samples < LEAST_SAMPLES and (config.metrics is None or set(config.metrics) & set(OF_FEATURES)):
+        raise ValueError(f"`num_samples` is {config.num_samples}; comparing features needs {LEAST_SAMPLES} or more.")
     if config.metrics is None:
         default = [name for name in possible if name not in ("clip_score", *OF_THE_MODEL)]
         if kind == "classifier":

@@ -48,16 +48,20 @@ HEADLINES = (
 GAP = 4  # pixels between two pictures
 
 
-def write_report(result: dict[str, Any], folder: Path) -> None:
-    """Write `evaluation.json`, `evaluation.md` and the plots of an evaluation.
+def write_tables(result: dict[str, Any], folder: Path) -> None:
+    """Write `evaluation.json` and `evaluation.md`.
 
     Args:
-        result: as [`evaluate`] returns it.
+        result: as [`evaluate`] returns it, with any number of points.
         folder: is created.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
     write_atomically(folder / "evaluation.md", f"# Evaluation of {result['model']}\n\n{table(result)}\n")
+
+
+def draw_plots(result: dict[str, Any], folder: Path) -> None:
+    """Draw `precision_recall.png` and, of a sweep, `sweep.png`, as far as they were measured."""
     points = [(point["swept"], _by_kind(point["metrics"])) for point in result["points"]]
     if points and {"precision", "recall"} <= points[0][1].keys():
         _save(_precision_recall(result, points), folder / "precision_recall.png")
@@ -293,19 +297,25 @@ def _sweep(result: dict[str, Any], points: list[tuple[dict, dict]]) -> Any:
         pairs = [(None, kind) for kind in list(kinds)[:2]]
     figure = _new_figure((5.5 * len(pairs), 5))
     for axes, (x, y) in zip(np.atleast_1d(figure.subplots(1, len(pairs))), pairs):
+        values = list(dict.fromkeys(point[along] for point in swept))
         lines: dict[str, list[int]] = {}
-        for index, values in enumerate(swept):
-            lines.setdefault(point_name({k: v for k, v in values.items() if k != along}), []).append(index)
+        for index, point in enumerate(swept):
+            lines.setdefault(point_name({k: v for k, v in point.items() if k != along}), []).append(index)
         for label, indices in lines.items():
             ys = [points[index][1][y] for index in indices]
             if x is None:
-                xs = [{"value": swept[index][along], "low": None} for index in indices]
+                places = [
+                    swept[index][along] if along in numeric else values.index(swept[index][along]) for index in indices
+                ]
+                xs = [{"value": place, "low": None} for place in places]
             else:
                 xs = [points[index][1][x] for index in indices]
             _errorbar(axes, xs, ys, label or None, line="-")
             for index, one, other in zip(indices, xs, ys):
                 axes.annotate(value_name(swept[index][along]), (one["value"], other["value"]), fontsize=7,
                               xytext=(4, 4), textcoords="offset points")  # fmt: skip
+        if x is None and along not in numeric:
+            axes.set_xticks(range(len(values)), map(value_name, values))
         axes.set(xlabel=x or along, ylabel=points[0][1][y]["name"])
         if any(lines):
             axes.legend(fontsize=7)

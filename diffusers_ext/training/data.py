@@ -152,7 +152,7 @@ class ImageData(Dataset):
             number += stride
 
     def rows(self, indices: list[int]) -> Batch:
-        """The given rows at `sample_size`, neither mirrored nor cropped by chance, with the first of their captions."""
+        """The given rows at `sample_size`, neither mirrored nor cropped by chance, each with its first caption."""
         return self[Plan(0, None, [int(index) for index in indices], (self.sample_size, self.sample_size))]
 
     def __getitem__(self, plan: Plan) -> Batch:

@@ -30,7 +30,8 @@ class ImageTransform:
         channels: 1 (greyscale) or 3 (colour).
         resize_mode: `fit` ([`fit_image`]), `center_crop` ([`center_crop`]) or `random_crop` ([`random_crop`]).
         random_flip: mirror half of the images from left to right.
-        mixed_modes: `error` refuses a dataset that mixes greyscale and colour images, `convert` converts all.
+        mixed_modes: `error` refuses a dataset that mixes greyscale images (modes 1, L, LA and 16 bits) with others,
+            `convert` converts all. What is not mixed in this sense is converted always, see [`convert_mode`].
 
     Stored images are what `datasets.Image(decode=False)` gives: `{"bytes", "path"}` or None. Every method takes the
     number or name of the row and raises a ValueError with it for an image that is missing, unreadable or of another

@@ -64,14 +64,17 @@ def open_source(
         image_column, label_column, caption_column: None finds the only column of type `Image`, of type `ClassLabel`,
             and, with `need_captions`, of type string.
         need_labels, need_captions: fail where there are none. Labels that nobody needs or asks for are left out
-            where they are not valid.
+            where they are not valid, and of a stream always.
         num_classes: labels must lie below it; None: classes of the dataset, or the largest integer label plus one.
 
     Raises:
         ValueError: when the dataset, the split or a column does not exist, the split is empty, or a label or caption
             is not valid; the last two name the row.
     """
-    import datasets
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError('Images are read with `datasets`: pip install "diffusers_ext[train]".') from error
 
     table = _open(dataset, split, config_name, streaming)
     features = table.features
@@ -80,7 +83,8 @@ def open_source(
         features = table.features
     image_column = _find_column(features, "image_column", image_column, _is_image, "Image", required=True)
     wanted = need_labels or label_column is not None
-    label_column = _find_column(features, "label_column", label_column, _is_class_label, "ClassLabel", need_labels)
+    if wanted or not streaming:
+        label_column = _find_column(features, "label_column", label_column, _is_class_label, "ClassLabel", need_labels)
     if need_captions or caption_column is not None:
         caption_column = _find_column(features, "caption_column", caption_column, _is_text, "string", required=True)
     table = table.select_columns([c for c in (image_column, label_column, caption_column) if c is not None])
@@ -246,7 +250,7 @@ def _find_column(features: Any, option: str, name: str | None, fits: Any, kind: 
     found = [column for column, feature in features.items() if fits(feature)]
     if len(found) == 1:
         return found[0]
-    if found or required:
+    if required:
         raise ValueError(
             f"`{option}` must be given: of the columns {list(features)}, {len(found)} have the type {kind}, "
             "so the choice is not clear."

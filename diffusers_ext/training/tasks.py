@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from diffusers_ext.training.captions import CaptionEncoder
 from diffusers_ext.training.config import ClassifierTrainingConfig, TrainingConfig, UNetTrainingConfig
 from diffusers_ext.training.critics import Critics
 from diffusers_ext.training.data import Batch, ImageData, open_data
-from diffusers_ext.training.objectives import ForwardProcess, Objective, build_scheduler
+from diffusers_ext.training.objectives import Objective, build_scheduler
+from diffusers_ext.training.process import ForwardProcess, exact_betas
 
 
 class Task:
@@ -142,9 +144,10 @@ class Task:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
 
-    def _open_data(self, split: str, **needs: bool) -> ImageData:
+    def _open_data(self, split: str, streaming: bool | None = None, **options: Any) -> ImageData:
+        config = self.config if streaming is None else replace(self.config, streaming=streaming)
         size, channels = self._option("sample_size"), self._option("in_channels")
-        return open_data(self.config, split, sample_size=size, channels=channels, **needs)
+        return open_data(config, split, sample_size=size, channels=channels, **options)
 
     def _draw(self, pipeline: DiffusionPipeline, count: int, arguments: dict[str, Any], path: Path) -> None:
         """A grid of `count` samples, each from a seed of its own, by DDIM, or Euler's method for a flow."""
@@ -304,11 +307,18 @@ class UNetTask(Task):
         if config.class_conditional:
             arguments["class_labels"] = [index % self.data.num_classes for index in range(count)]
         if self.captions is not None:
-            prompts = config.validation_prompts or self.data.rows(list(range(count))).captions
+            prompts = config.validation_prompts or self._first_captions(count)
             arguments["prompt"] = [prompts[index % len(prompts)] for index in range(count)]
         arguments["num_inference_steps"] = config.validation_inference_steps
         self._draw(self.pipeline(model), count, arguments, output_dir / "samples" / f"{step:07d}.png")
         return {}
+
+    def _first_captions(self, count: int) -> list[str]:
+        try:
+            count = min(count, len(self.data))
+        except TypeError:  # streamed
+            pass
+        return self.data.rows(list(range(count))).captions
 
     def state_dict(self) -> dict[str, Any]:
         return {"objective": self.objective.state_dict(), "critics": self.critics.state_dict()}
@@ -327,9 +337,11 @@ class ClassifierTask(Task):
     def __init__(self, config: ClassifierTrainingConfig, device: torch.device | str = "cpu"):
         super().__init__(config, device)
         self.scheduler = build_scheduler(config)
-        self.process = ForwardProcess(self.scheduler.betas, self.device)
+        self.process = ForwardProcess(exact_betas(self.scheduler), self.device)
         self.data = self._open_data(config.dataset_split, need_labels=True)
-        self.validation_data = self._open_data(config.validation_split, need_labels=True)
+        self.validation_data = self._open_data(
+            config.validation_split, need_labels=True, streaming=False, num_classes=self.data.num_classes
+        )
         self.guided = None if config.unet is None else DiffusionPipeline.from_pretrained(config.unet)
 
     def learned_options(self) -> dict[str, Any]:

@@ -143,7 +143,7 @@ class RunLog:
                     tracker.log({name: trackio.Image(image, caption=f"step {step}")}, step=step)
 
     def draw(self) -> None:
-        """Draw `metrics.png`, one panel for each metric, by the main process; without matplotlib there is none."""
+        """Draw `metrics.png`, by the main process; without matplotlib there is none."""
         with contextlib.suppress(ImportError):
             if self.accelerator.is_main_process:
                 draw_metrics(self.path, self.output_dir / "metrics.png")
@@ -177,7 +177,7 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def draw_metrics(source: Path, target: Path) -> None:
-    """Draw the metrics of a `metrics.jsonl` over the steps, one panel for each.
+    """Draw the losses, the norm of the gradient and the learning rate of a `metrics.jsonl` over the steps.
 
     Args:
         source: the file.
@@ -188,24 +188,18 @@ def draw_metrics(source: Path, target: Path) -> None:
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for line in source.read_text().splitlines():
         metrics = json.loads(line)
-        step = metrics.pop("step")
-        for name, value in metrics.items():
-            if isinstance(value, int | float):
-                curves[name].append((step, value))
-    if not curves:
-        return
-    columns = min(4, len(curves))
-    rows = -(-len(curves) // columns)
-    figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
-    for panel, (name, points) in zip(figure.subplots(rows, columns, squeeze=False).flat, curves.items()):
-        panel.plot(*zip(*points), marker="." if len(points) < 20 else None)
-        panel.set_title(name, fontsize=9)
-        panel.tick_params(labelsize=7)
-        panel.set_xlabel("step", fontsize=7)
-    for panel in figure.axes[len(curves) :]:
-        panel.set_axis_off()
+        if "learning_rate" in metrics:  # not that of a validation
+            for name in metrics.keys() - {"step", "images_per_second", "nonfinite_steps"}:
+                curves[name].append((metrics["step"], metrics[name]))
+    alone = ("grad_norm", "learning_rate")
+    figure = Figure(figsize=(12, 3.6))
+    for panel, names in zip(figure.subplots(1, 3), (sorted(curves.keys() - {*alone}), *([name] for name in alone))):
+        for name in names:
+            panel.plot(*zip(*curves[name]), label=name, marker="." if len(curves[name]) < 20 else None)
+        panel.set_xlabel("step")
+        panel.legend()
     temporary = target.with_name(f".{target.name}")
-    figure.savefig(temporary, format="png", dpi=110)
+    figure.savefig(temporary, format="png", dpi=90)
     temporary.replace(target)
 
 
