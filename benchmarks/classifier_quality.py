@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
 from mnist import MNIST, ROOT
+from safetensors.torch import load_file
 from sections import write_section
 from tqdm.auto import tqdm
 
@@ -66,7 +66,7 @@ def main(options: Options) -> None:
     """Measure what is missing in the results, then print and draw them."""
     path = options.output or options.run / "classifier_quality.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    pipe = DiffusionPipeline.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype))
+    pipe = DiffusionPipeline.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     channels, size = pipe.unet.config.in_channels, pipe.unet.config.sample_size
     splits = {
         name: read_split(options.dataset, name, sample_size=size, channels=channels) for name in ("train", "test")

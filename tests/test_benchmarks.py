@@ -3,13 +3,19 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
+import classifier_quality
 import models_table
 import numpy as np
 import pytest
 import sample_grid
+import training_memory
 from PIL import Image
 from sections import section, write_section
+
+from diffusers_ext.training.config import CLASSIFIER_PRESETS, UNET_PRESETS
+from diffusers_ext.training.loop import train
 
 
 def test_a_section_is_replaced_or_added_and_the_rest_stays(tmp_path):
@@ -34,6 +40,41 @@ def test_all_trained_models_are_drawn_side_by_side(root, tmp_path):
     sample_grid.main(tuple(models), picture, class_labels=(3, 7), num_inference_steps=1)
     pixels = np.asarray(Image.open(picture))
     assert len(models) > 1 and pixels.shape[0] == sample_grid.HEADER + 64 * len(models)
+
+
+def test_classifiers_of_one_training_are_compared(tmp_path):
+    shape = {"block_out_channels": (8, 16), "attention_head_dim": 8, "train_batch_size": 4}
+    unet = replace(UNET_PRESETS["digits"], **shape, max_train_steps=1, validation_images=1)
+    train(replace(unet, validation_inference_steps=1, output_dir=str(tmp_path / "unet")))
+    classifier = replace(CLASSIFIER_PRESETS["digits"], **shape, max_train_steps=2, checkpointing_steps=1)
+    train(replace(classifier, checkpoints_total_limit=0, validation_images=4, output_dir=str(tmp_path / "classifier")))
+    report = tmp_path / "report.md"
+    report.write_text("<!-- classifier-quality:start -->\nold\n<!-- classifier-quality:end -->\n")
+    options = classifier_quality.Options(
+        run=tmp_path / "classifier",
+        model=str(tmp_path / "unet"),
+        dataset="digits",
+        steps=(1, 2, 3),
+        guidance_scales=(2.0,),
+        num_samples=4,
+        num_images=8,
+        num_inference_steps=2,
+        dtype="float32",
+        update=report,
+    )
+    classifier_quality.main(options)
+    rows = [line for line in report.read_text().splitlines() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 2"] and (tmp_path / "classifier_quality.png").exists()
+
+
+def test_memory_and_speed_of_a_training_step_are_ratios_to_float32(tmp_path):
+    options = training_memory.Options(
+        models=("adm/digits",), batch_size=2, steps=1, rounds=1, update=tmp_path / "RESULTS.md"
+    )
+    training_memory.main(options)
+    rows = [line.split(" | ") for line in (tmp_path / "RESULTS.md").read_text().splitlines() if "adm/digits" in line]
+    assert [row[1] for row in rows] == [variant.name for variant in training_memory.variants("cpu")]
+    assert rows[0][3] == "1.00" and all(float(row[3]) > 0 for row in rows)
 
 
 @pytest.mark.slow

@@ -138,6 +138,7 @@ class Run:
         )
         if progress.validation_due:
             self.validate(stop)
+            self.saved_step -= not progress.validation_due  # the checkpoint shall say that it is done
         while not (signal := stop.agreed()) and progress.step < self.steps:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(progress.step)

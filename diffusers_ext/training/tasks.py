@@ -229,7 +229,7 @@ def load_network(name: str, components: tuple[str, ...]) -> ModelMixin:
     reasons = []
     for subfolder in (*components, None):
         try:
-            return AutoModel.from_pretrained(name, subfolder=subfolder, torch_dtype=torch.float32)
+            return AutoModel.from_pretrained(name, subfolder=subfolder, dtype=torch.float32)
         except (OSError, ValueError) as error:
             reasons.append(str(error).strip().splitlines()[0])
     raise ValueError(
