@@ -133,7 +133,15 @@ class Task:
             repo_id=repository,
             folder_path=output_dir,
             commit_message=f"Train {self.model_class.__name__} with diffusers_ext",
-            ignore_patterns=["checkpoint-*", "unfinished-*", "latents/*", "posthoc_ema/*", "logs/*", ".*"],
+            ignore_patterns=[
+                "checkpoint-*",
+                "abandoned-*",
+                "unfinished-*",
+                "latents/*",
+                "posthoc_ema/*",
+                "logs/*",
+                ".*",
+            ],
         )
         return f"{api.endpoint}/{repository}"
 
