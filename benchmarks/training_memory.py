@@ -94,8 +94,9 @@ def main(options: Options) -> None:
 
 
 def in_process(model: str, variant: Variant, options: Options) -> Measurement:
-    """Measure in a process of its own, whose memory nobody has used before."""
-    context = multiprocessing.get_context("spawn")
+    """Measure in a process of its own, whose memory nobody has used before, with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffusers_ext.models"])
     with context.Pool(1) as pool:
         return pool.apply(measure, (model, variant, options))
 

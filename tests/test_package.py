@@ -39,12 +39,13 @@ def test_wheel_holds_every_module_and_nothing_else(root, built):
     (wheel,) = built.glob("*.whl")
     modules = files_below(root / "diffusers_ext", "diffusers_ext")
     modules |= files_below(root / "pipelines", "diffusers_ext/pipelines")
+    data = {path.relative_to(root).as_posix() for path in (root / "diffusers_ext").rglob("*.yaml")}
     metadata = f"diffusers_ext-{diffusers_ext.__version__}.dist-info"
 
     content = set(zipfile.ZipFile(wheel).namelist())
 
     package = {name for name in content if not name.startswith(metadata)}
-    assert package == modules | {"diffusers_ext/py.typed"}
+    assert package == modules | data | {"diffusers_ext/py.typed"}
     assert {f"{metadata}/licenses/LICENSE", f"{metadata}/entry_points.txt"} <= content
 
 
