@@ -95,6 +95,8 @@ class Run:
         self.accelerator = start_accelerator(config)
         resume = checkpoint_to_resume(config, self.accelerator)
         self.task = TASKS[type(config)](config, self.accelerator.device)
+        if config.push_to_hub and self.accelerator.is_main_process:
+            self.task.create_repository()
         processes = self.accelerator.num_processes
         self.steps, self.validation_steps = planned_steps(config, self.task.data, processes)
 

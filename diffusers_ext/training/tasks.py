@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi
@@ -124,11 +125,25 @@ class Task:
         ours = {name: part for name, part in parts.items() if type(part).__module__.startswith("diffusers_ext.")}
         write_training_card(output_dir, self.config, ours or {self.name: model}, pipeline)
 
+    def create_repository(self) -> str:
+        """Make the repository to publish to, if it is not there, and return its full name.
+
+        Raises:
+            ValueError: when that fails; asked before the training, it costs nothing.
+        """
+        name = self.config.hub_model_id or Path(self.config.output_dir).resolve().name
+        try:
+            return HfApi().create_repo(name, private=self.config.hub_private_repo, exist_ok=True).repo_id
+        except (OSError, httpx.HTTPError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"`push_to_hub`: the repository {name!r} cannot be made ({reason}). Log in "
+                "with `hf auth login`, choose another `hub_model_id`, or leave `push_to_hub` out and upload later."
+            ) from error
+
     def publish(self, output_dir: Path) -> str:
         """Upload the finished run folder without its checkpoints; returns the address."""
-        api = HfApi()
-        name = self.config.hub_model_id or output_dir.resolve().name
-        repository = api.create_repo(name, private=self.config.hub_private_repo, exist_ok=True).repo_id
+        api, repository = HfApi(), self.create_repository()
         api.upload_folder(
             repo_id=repository,
             folder_path=output_dir,
