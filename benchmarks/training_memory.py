@@ -2,7 +2,7 @@
 
     python benchmarks/training_memory.py                         # prints the table
     python benchmarks/training_memory.py --update benchmarks/RESULTS.md
-    python benchmarks/training_memory.py --device cuda --batch_size 64
+    python benchmarks/training_memory.py --device cuda --models adm/cifar-32 composable/film dit/32px
 
 The memory of a variant is the peak of a process of its own above what that process held before it built the network
 (CUDA: what torch's allocator had handed out). Speeds are measured in turns: every round runs all variants of a network
@@ -27,9 +27,9 @@ from diffusers_ext.models import PRESETS
 
 @dataclass(frozen=True)
 class Options:
-    models: tuple[str, ...] = ("adm/cifar-32", "composable/film", "dit/32px")
+    models: tuple[str, ...] = ("adm/mnist-32", "composable/film-mnist", "dit/mnist")
     """named sizes, see `diffusers_ext.models.PRESETS`"""
-    batch_size: int = 16
+    batch_size: int = 64
     """images of a step"""
     steps: int = 3
     """timed steps of a round"""

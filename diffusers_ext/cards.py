@@ -20,7 +20,13 @@ results. The model knows its data only, with their biases."""
 
 
 def write_training_card(
-    output_dir: Path, config: TrainingConfig, networks: dict[str, ModelMixin], pipeline: DiffusionPipeline | None
+    output_dir: Path,
+    config: TrainingConfig,
+    networks: dict[str, ModelMixin],
+    pipeline: DiffusionPipeline | None,
+    *,
+    steps: int,
+    images_per_step: int,
 ) -> Path:
     """Fill the README.md of a run folder from the run: its command, options, networks, and last metrics.
 
@@ -29,6 +35,8 @@ def write_training_card(
         config: options of the run.
         networks: trained, by the name of the component.
         pipeline: what the folder holds besides checkpoints; None for a component alone.
+        steps: optimizer steps done.
+        images_per_step: of one of them, over all processes.
 
     Returns:
         The file, written as a whole or not at all.
@@ -36,7 +44,7 @@ def write_training_card(
     name = output_dir.resolve().name
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="image-classification" if pipeline is None else "unconditional-image-generation",
+        pipeline_tag=_pipeline_tag(pipeline),
         tags=["diffusers_ext", *sorted({type(network).__name__ for network in networks.values()})],
         datasets=[config.dataset] if _is_hub_name(config.dataset) else None,
     )
@@ -45,7 +53,10 @@ def write_training_card(
         _introduction(config, networks, pipeline),
         _picture(output_dir),
         "```python\n" + _snippet(pipeline, networks) + "\n```",
-        "## Training\n\n```sh\n" + training_command(config) + "\n```\n\n" + _facts(output_dir, config),
+        "## Training\n\n```sh\n"
+        + training_command(config)
+        + "\n```\n\n"
+        + _facts(output_dir, config, steps, images_per_step),
         _noise_levels(output_dir),
         LIMITS,
     ]
@@ -55,6 +66,13 @@ def write_training_card(
     ModelCard.load(unfinished)  # its metadata can be read back
     os.replace(unfinished, path)
     return path
+
+
+def _pipeline_tag(pipeline: DiffusionPipeline | None) -> str:
+    if pipeline is None:
+        return "image-classification"
+    reads = pipeline.components.get("text_encoder") is not None
+    return "text-to-image" if reads else "unconditional-image-generation"
 
 
 def training_command(config: TrainingConfig) -> str:
@@ -114,10 +132,10 @@ def _snippet(pipeline: DiffusionPipeline | None, networks: dict[str, ModelMixin]
     )
 
 
-def _facts(output_dir: Path, config: TrainingConfig) -> str:
+def _facts(output_dir: Path, config: TrainingConfig, steps: int, images_per_step: int) -> str:
     rows = {
-        "optimizer steps": f"{config.max_train_steps:,}",
-        "images per step and process": str(config.train_batch_size * config.gradient_accumulation_steps),
+        "optimizer steps": f"{steps:,}",
+        "images per step": str(images_per_step),
         "learning rate": f"{config.learning_rate:g}, {config.lr_scheduler}",
         "precision": {"no": "float32"}.get(config.mixed_precision, config.mixed_precision),
         "EMA": ", ".join(map(str, config.ema_decay)) if config.use_ema else "none",

@@ -91,6 +91,24 @@ def test_one_generator_per_image_makes_it_independent_of_its_batch():
     torch.testing.assert_close(bits([0, 1, 2])[1:], bits([1, 2]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_of_half_precision_is_asked_in_it_about_images_of_full_precision(dtype):
+    torch.manual_seed(0)
+    model = ADMUNet2DModel(8, 1, 2, block_out_channels=(8,), layers_per_block=1, attention_resolutions=(),
+                           attention_head_dim=8, norm_num_groups=4).eval()  # fmt: skip
+    images = torch.randint(256, (2, 1, 8, 8), dtype=torch.uint8)
+
+    def bits():
+        return bits_per_dim(model, images, DDIMScheduler(), num_steps=4, generator=torch.Generator().manual_seed(0))
+
+    full = bits()
+    model.to(dtype)
+    half = bits()
+    assert half["total"].dtype == torch.float32
+    torch.testing.assert_close(half["total"], full["total"], rtol=0.02, atol=0)
+    torch.testing.assert_close(half["prior"], full["prior"], rtol=0, atol=0)  # which the network has no part in
+
+
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_zero_terminal_snr_costs_nothing_at_the_prior(prediction_type):
     scheduler = DDPMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True)

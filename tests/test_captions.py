@@ -1,4 +1,4 @@
-"""Captions: every kind of text encoder, dropout, masks; ClassConditionalPipeline with prompts."""
+"""Captions: every kind of text encoder, masks; ClassConditionalPipeline with prompts."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 from diffusers_ext import ADMUNet2DModel, ComposableUNet2DModel
 from diffusers_ext.pipelines import ClassConditionalPipeline
-from diffusers_ext.training.captions import CaptionEncoder, drop_captions
+from diffusers_ext.training.captions import CaptionEncoder
 
 
 WORDS = ["<pad>", "<unk>", "a", "one", "two", "three", "round", "thin", "digit", "blurred"]
@@ -151,22 +151,12 @@ def test_long_captions_are_cut():
     assert captions.encode(["a"])[0].shape == (1, 3, WIDE)
 
 
-def test_share_of_dropped_captions():
-    torch.manual_seed(0)
-    captions = drop_captions(["two"] * 4000, 0.3)
-    assert abs(captions.count("") / 4000 - 0.3) < 0.03 and set(captions) == {"", "two"}
-    torch.manual_seed(0)
-    assert drop_captions(["two"] * 4000, 0.3) == captions
-
+def test_empty_captions_among_others_are_encoded_as_by_themselves():
     encoder = CaptionEncoder(tiny_tokenizer(), tiny_encoder())
-    torch.manual_seed(1)
-    states, mask = encoder.encode(["a round digit"] * 40, dropout_prob=0.5)
-    torch.manual_seed(1)
-    dropped = torch.tensor([caption == "" for caption in drop_captions(["a"] * 40, 0.5)])
-    assert 0 < dropped.sum() < 40
-    torch.testing.assert_close(states[dropped], encoder.encode([""] * int(dropped.sum()))[0])
-    assert (mask[~dropped].sum(dim=1) == 3).all()
-    assert encoder.encode(["two"] * 9, dropout_prob=1.0)[1].sum() == 0
+    states, mask = encoder.encode(["a round digit", "", "two", ""])
+    torch.testing.assert_close(states[[1, 3]], encoder.encode(["", ""])[0])
+    torch.testing.assert_close(states[[0, 2]], encoder.encode(["a round digit", "two"])[0])
+    assert mask.sum(dim=1).tolist()[0] == 3
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
@@ -207,8 +197,6 @@ def test_errors_of_captions(tmp_path):
         captions.encode(["a", None])
     with pytest.raises(ValueError, match="`captions` is or holds 'two'"):
         captions.encode("two")
-    with pytest.raises(ValueError, match="`caption_dropout_prob` is 2"):
-        captions.encode(["two"], dropout_prob=2.0)
     with pytest.raises(ValueError, match="`max_length` is 13; CLIPTextModel and its tokenizer take 1 to 12"):
         CaptionEncoder(tiny_tokenizer(), tiny_encoder(), max_length=13)
     BartConfig().save_pretrained(tmp_path)

@@ -194,6 +194,34 @@ def test_bits_per_dim_of_the_network(config, tmp_path):
     assert metric["value"] == pytest.approx(other["value"], rel=1e-5)
 
 
+def test_bits_per_dim_in_half_precision_stand_beside_those_in_full(config, model):
+    config = replace(config, metrics=("bpd",), bpd_images=3, bpd_steps=3)
+    full, half = (evaluate(replace(config, dtype=dtype))["model_metrics"][0] for dtype in ("float32", "bfloat16"))
+    assert half["value"] == pytest.approx(full["value"], rel=0.02) and half["value"] != full["value"]
+    titles = [entry.metric_name for entry in ModelCard.load(model / "README.md").data.eval_results]
+    assert titles == ["by hand", "bits-per-dim", "bits-per-dim (dtype=bfloat16)"]
+
+
+def test_runs_that_differ_in_how_samples_are_drawn_stand_beside_each_other(config, model):
+    config = replace(config, metrics=("fd",), scheduler="ddim")
+    changes = (
+        {},
+        {"scheduler_options": ("timestep_spacing=trailing",)},
+        {"call_options": ("eta=0.5",)},
+        {"dtype": "bfloat16"},
+    )
+    for number, change in enumerate(changes):
+        evaluate(replace(config, **change, output=f"{config.output}-{number}"))
+    titles = [entry.metric_name for entry in ModelCard.load(model / "README.md").data.eval_results]
+    told = "FD-pca64 (scheduler=ddim, {}num_inference_steps=2{})"
+    assert titles[1:] == [
+        told.format("", ""),
+        told.format("scheduler_options=timestep_spacing=trailing, ", ""),
+        told.format("", ", call_options=eta=0.5"),
+        told.format("", ", dtype=bfloat16"),
+    ]
+
+
 def test_a_sweep_of_the_precision_loads_the_model_anew(config, tmp_path):
     evaluate(replace(config, sweep=("dtype=float32,bfloat16",), metrics=("fd",), write_card=False))
     weights = {
@@ -232,7 +260,8 @@ def test_samples_without_labels_are_not_judged(config):
         ({"metrics": ("noise_levels",)}, "'noise_levels', but the pipeline has no `classifier`"),
         ({"metrics": ("clip_score",)}, "'clip_score', which needs `prompts`"),
         ({"reference": "/nowhere"}, "/nowhere"),
-        ({"reference_split": "validation"}, "validation"),
+        ({"reference_split": "validation"}, r"`reference_split` \('validation'\) must be one of"),
+        ({"train_split": "validation"}, r"`train_split` \('validation'\) must be one of"),
         ({"features": "/nowhere"}, "/nowhere"),
         ({"num_samples": 5}, "`num_samples` is 5; comparing features needs 6 or more"),
         ({"num_bootstrap": 0}, "`num_bootstrap` is 0"),

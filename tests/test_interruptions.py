@@ -17,13 +17,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from test_training import TINY_UNET, assert_same_end, lines, untimed, weights_of
+from test_training import TINY_CLASSIFIER, TINY_UNET, assert_same_end, lines, untimed, weights_of
 
 from diffusers_ext.training.checkpoints import DiskFullError, checkpoints, damage
 from diffusers_ext.training.config import TrainingConfig
 from diffusers_ext.training.data import ImageData
+from diffusers_ext.training.interruptions import StopSignals
 from diffusers_ext.training.loop import train
-from diffusers_ext.training.tasks import UNetTask
+from diffusers_ext.training.tasks import ClassifierTask, UNetTask
+from diffusers_ext.training.tracking import RunLog
 
 
 @pytest.fixture(autouse=True)
@@ -185,6 +187,71 @@ def test_a_signal_ends_in_a_resumable_state(owner, name, call, step, number, tmp
     assert_same_end(tmp_path / "once", tmp_path / "twice", step=6)
 
 
+@pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
+def test_signals_that_arrive_together_are_one(first, second, tmp_path, monkeypatch):
+    """As when a scheduler signals all processes, and torchrun too passes it on to them."""
+    twice = raises(second, raises(first, UNetTask.losses, call=2), call=2)
+    monkeypatch.setattr(UNetTask, "losses", twice)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the tests would end here if it fails
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            train(replace(TINY_UNET, output_dir=str(tmp_path)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 128 + second
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+def test_a_second_signal_acts_as_usual(monkeypatch):
+    monkeypatch.setattr("diffusers_ext.training.interruptions.ONE_REQUEST", 0.05)
+    with StopSignals(Accelerator(cpu=True)) as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.agreed() == signal.SIGINT
+        time.sleep(0.1)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+# Validations that fail
+
+
+@pytest.mark.parametrize("owner, name", [(ClassifierTask, "validate"), (RunLog, "write_images")])
+@pytest.mark.parametrize("call, step", [(1, 4), (2, 6)])
+def test_a_validation_that_fails_ends_in_a_resumable_state(owner, name, call, step, tmp_path, monkeypatch):
+    config = replace(TINY_CLASSIFIER, resume_from_checkpoint="latest", checkpointing_steps=3)
+    once, twice = (replace(config, output_dir=str(tmp_path / run)) for run in ("once", "twice"))
+    train(once)
+    original, calls = getattr(owner, name), iter(range(1, 1000))
+
+    def failing(*args):
+        if next(calls) == call:
+            raise RuntimeError("out of memory")
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train(twice)
+    assert checkpoints(tmp_path / "twice")[-1].name == f"checkpoint-{step}"
+    train(twice)
+    assert_same_end(tmp_path / "once", tmp_path / "twice", step=6)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_run_killed_in_a_validation_goes_on_from_there(tmp_path, monkeypatch):
+    config = replace(TINY_CLASSIFIER, checkpointing_steps=4, resume_from_checkpoint="latest")
+    once, twice = (replace(config, output_dir=str(tmp_path / run)) for run in ("once", "twice"))
+    train(once)
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassifierTask, "validate", raises(signal.SIGKILL, ClassifierTask.validate, call=1))
+        child = fork(twice, tmp_path / "log")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert [path.name for path in checkpoints(tmp_path / "twice")] == ["checkpoint-4"]
+    train(twice)
+    assert_same_end(tmp_path / "once", tmp_path / "twice", step=6)
+
+
 # Full disks
 
 
@@ -218,6 +285,16 @@ def test_a_file_too_large_for_the_disk_leaves_the_checkpoint_before(tmp_path, mo
     assert "\n" not in told and str(tmp_path / "twice") in told and "checkpoint-3 is complete" in told
     assert "bytes are needed" in told and "are free" in told and "--resume_from_checkpoint latest" in told
     assert_resumable(config, reference, "checkpoint-3")
+
+
+def test_a_disk_that_is_full_from_the_start_is_told(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(DiskFullError, match=f"cannot be written to {tmp_path}.*there is no checkpoint yet"):
+            train(replace(TINY_UNET, output_dir=str(tmp_path)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture
@@ -265,7 +342,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(what, small_disk, tmp_path, mo
         with pytest.raises(DiskFullError, match=f"cannot be written to {small_disk}.* are free, and checkpoint-"):
             train(config)
     filler.unlink()
-    assert_resumable(config, reference, "checkpoint-6" if what == "component" else "checkpoint-3")
+    assert_resumable(config, reference, "checkpoint-6" if what in ("samples", "component") else "checkpoint-3")
 
 
 # Numbers that are not finite

@@ -1,7 +1,5 @@
 """Metrics of images on features: known answers, and the values of torchmetrics."""
 
-import json
-
 import numpy as np
 import pytest
 import scipy.linalg
@@ -11,10 +9,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from diffusers_ext.evaluation.clip_score import clip_score
-from diffusers_ext.evaluation.estimates import Estimate, Metric, bootstrap, proportion
-from diffusers_ext.evaluation.features import extract, load_features
+from diffusers_ext.evaluation.estimates import Estimate, bootstrap, proportion
 from diffusers_ext.evaluation.metrics import (
-    compare,
     density_coverage,
     frechet,
     frechet_distance,
@@ -226,24 +222,11 @@ def test_the_interval_of_a_share_is_binomial_and_depends_on_the_seed():
     assert bootstrap(Estimate(1.0, 1)) == (None, None)
 
 
-# All together
-
-
-def test_every_figure_says_what_it_is(images):
-    samples, reference = images
-    extractor = load_features("pca4", reference=reference)
-    options = {"extractor": extractor, "reference_name": "colours test", "seed": 5, "num_bootstrap": 50}
-    features = extract(extractor, samples), extract(extractor, reference)
-    metrics = compare(*features, labels=[0, 1] * 40, **options)
-    kinds = ("FD", "KD", "precision", "recall", "density", "coverage", "pairwise-distance")
-    assert [metric.name for metric in metrics] == [f"{kind}-pca4" for kind in kinds]
-    for metric in metrics:
-        assert metric.low <= metric.value <= metric.high
-        assert (metric.num_samples, metric.extractor, metric.seed) == (80, "pca4", 5)
-        assert metric.reference == (None if metric.name.startswith("pairwise") else "colours test")
-        assert Metric.from_dict(json.loads(metric.to_json())) == metric
-    assert metrics[0].num_reference == 120 and metrics[-1].details["per_class"].keys() == {"0", "1"}
-    assert compare(*features, labels=[0, 1] * 40, **options) == metrics
+def test_the_interval_of_a_share_stays_between_none_and_all():
+    for number in range(2, 60):
+        few = bootstrap(proportion(np.arange(number) < 1, number), 100)
+        most = bootstrap(proportion(np.arange(number) > 0, number), 100)
+        assert f"{few[0]:.1%}" == "0.0%" and 0 <= few[0] and most[1] <= 1
 
 
 def test_features_that_cannot_be_compared_are_refused():
@@ -312,3 +295,28 @@ def test_clip_score_is_the_cosine_of_image_and_caption(clip_folder):
 def test_clip_score_needs_a_caption_per_image_and_a_model_of_both(clip_folder, root):
     with pytest.raises(ValueError, match="`captions` holds 3 for 2 images"):
         clip_score(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), CAPTIONS, clip_folder)
+
+
+def test_samples_of_a_sweep_are_compared_with_their_own_prompts(clip_folder, tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "square", "circle"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    width = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    encoder = BertModel(BertConfig(vocab_size=len(words), **width))
+    text = {"text_encoder": encoder, "tokenizer": BertTokenizer(str(tmp_path / "vocab.txt"))}
+    network = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (8,), "norm_num_groups": 4}
+    network |= {"layers_per_block": 1, "attention_resolutions": (8,), "attention_head_dim": 8}
+    unet = ComposableUNet2DModel(cross_attention_dim=16, **network)
+    ClassConditionalPipeline(unet=unet, scheduler=DDPMScheduler(), **text).save_pretrained(tmp_path / "text")
+    files = [tmp_path / "red.txt", tmp_path / "blue.txt"]
+    for file, prompt in zip(files, ("red square", "blue circle")):
+        file.write_text(prompt)
+    sweep = (f"prompts={files[0]},{files[1]}",)
+    options = {"metrics": ("clip_score",), "clip_model": str(clip_folder), "num_bootstrap": 10, "device": "cpu"}
+    options |= {"num_samples": 3, "num_inference_steps": 2, "output": str(tmp_path / "sweep")}
+    config = EvaluateConfig(str(tmp_path / "text"), reference="digits", **options)
+    points = evaluate(replace(config, sweep=sweep))["points"]
+    assert [point["swept"] for point in points] == [{"prompts": "red.txt"}, {"prompts": "blue.txt"}]
+    assert str(tmp_path) not in (tmp_path / "text" / "README.md").read_text()
+    for file, point in zip(files, points):
+        alone = evaluate(replace(config, prompts=str(file), output=str(tmp_path / file.stem)))["points"][0]
+        assert alone["settings"] == point["settings"] and measured(alone) == measured(point)

@@ -111,6 +111,20 @@ def test_results_depend_on_the_seed_only(digits):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_some_images_of_a_sorted_split_are_drawn_by_chance():
+    data, drawn = Blank(10, count=200), []
+    data.labels = data.labels.sort().values
+    rows = data.rows
+    data.rows = lambda indices: drawn.append(indices) or rows(indices)
+    for seed in (0, 0, 1):
+        oracle = Oracle(torch.zeros(40, dtype=torch.long), 10, logit=1.0)
+        accuracy_by_noise_level(oracle, SCHEDULER, data, num_images=40, seed=seed)
+    assert data.labels[drawn[0]].unique().numel() == 10 and len(set(drawn[0])) == 40
+    assert drawn[0] == drawn[1] != drawn[2]
+    accuracy_by_noise_level(Oracle(data.labels, 10, logit=1.0), SCHEDULER, data, batch_size=200)
+    assert drawn[3] == list(range(200))
+
+
 def test_noise_hides_the_class_from_a_trained_classifier(digits):
     torch.manual_seed(0)
     classifier = Pixels()

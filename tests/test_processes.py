@@ -14,10 +14,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin
 from test_training import TINY_UNET, lines, untimed, weights_of
 
 from diffusers_ext.training.checkpoints import checkpoints
 from diffusers_ext.training.loop import train
+from diffusers_ext.training.preparation import adapt_deepspeed
 from diffusers_ext.training.tasks import UNetTask
 
 
@@ -27,7 +29,7 @@ TINY = replace(TINY_UNET, max_train_steps=4, checkpointing_steps=2, dropout=0.1,
 def scenarios(folder: Path) -> None:
     """What each of the two processes does, one training after the other."""
     rank = int(os.environ["RANK"])
-    original = UNetTask.losses
+    original, validate = UNetTask.losses, UNetTask.validate
     calls = 0
 
     def losses(self, model, batch):
@@ -42,7 +44,15 @@ def scenarios(folder: Path) -> None:
                 return found | {"loss": found["loss"] * float("nan")}
         return found
 
-    UNetTask.losses = losses
+    def validate_in_trouble(self, *args):
+        """Only the first process validates."""
+        if trouble == "signal in a validation":
+            signal.raise_signal(signal.SIGTERM)
+        elif trouble == "error in a validation":
+            raise RuntimeError("out of memory")
+        return validate(self, *args)
+
+    UNetTask.losses, UNetTask.validate = losses, validate_in_trouble
     Accelerator.end_training = lambda self: None  # the processes stay connected for the next training
     for name, trouble, options in (
         ("two", None, {}),
@@ -50,13 +60,18 @@ def scenarios(folder: Path) -> None:
         ("stopped", None, {"resume_from_checkpoint": "latest"}),
         ("skipped", "nan", {"on_nonfinite": "skip"}),
         ("failed", "nan", {}),
+        ("validated", "signal in a validation", {"validation_steps": 1}),
+        ("validated", "signal in a validation", {"validation_steps": 1, "resume_from_checkpoint": "latest"}),
+        ("validated", "error in a validation", {"validation_steps": 3, "resume_from_checkpoint": "latest"}),
+        ("validated", None, {"resume_from_checkpoint": "latest"}),
+        ("unreadable", None, {"resume_from_checkpoint": "checkpoint-" + "1" * 300}),  # too long for a file's name
     ):
         calls, outcome = 0, "finished"
         try:
             train(replace(TINY, output_dir=str(folder / name), **options))
         except SystemExit as stopped:
             outcome = f"exit {stopped.code}"
-        except FloatingPointError as error:
+        except (FloatingPointError, RuntimeError, OSError, ValueError) as error:
             outcome = str(error)
         with (folder / f"outcomes-{rank}.jsonl").open("a") as file:
             file.write(json.dumps(outcome) + "\n")
@@ -139,6 +154,33 @@ def test_a_loss_that_is_not_finite_in_one_process_concerns_both(two_processes):
     for rank in (0, 1):
         told = json.loads((two_processes / f"outcomes-{rank}.jsonl").read_text().splitlines()[4])
         assert told.startswith(f"The loss is nan at step 2, in the batch of rows {', '.join(map(str, rows))}.")
+
+
+def test_processes_stop_and_fail_together_in_a_validation(two_processes):
+    outcomes = [(two_processes / f"outcomes-{rank}.jsonl").read_text().splitlines()[5:9] for rank in (0, 1)]
+    assert outcomes[0] == ['"exit 143"', '"exit 143"', '"out of memory"', '"finished"']
+    assert outcomes[1] == [
+        *outcomes[0][:2],
+        '"The validation failed in the main process, see its error."',
+        '"finished"',
+    ]
+    torch.testing.assert_close(
+        weights_of(two_processes / "validated" / "unet"), weights_of(two_processes / "two" / "unet")
+    )
+
+
+def test_an_error_about_a_checkpoint_concerns_both(two_processes):
+    outcomes = [(two_processes / f"outcomes-{rank}.jsonl").read_text().splitlines()[9] for rank in (0, 1)]
+    assert outcomes[0] == outcomes[1] and "checkpoint-1111" in outcomes[0]
+
+
+def test_deepspeed_clips_as_asked_and_shards_no_weights():
+    config = replace(TINY, max_grad_norm=0.3)
+    plugin = DeepSpeedPlugin(zero_stage=2)
+    adapt_deepspeed(plugin, config)
+    assert plugin.deepspeed_config["gradient_clipping"] == 0.3
+    with pytest.raises(ValueError, match="`zero_stage` is 3 .*use FSDP2 .*or ZeRO-2"):
+        adapt_deepspeed(DeepSpeedPlugin(zero_stage=3), config)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero2"])

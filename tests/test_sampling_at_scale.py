@@ -105,6 +105,33 @@ def test_the_merged_file_is_what_the_evaluator_of_guided_diffusion_reads(config,
     assert not list(path.parent.rglob("*.partial"))
 
 
+@pytest.mark.parametrize("format", ["npz", "png"])
+def test_joining_leaves_alone_what_another_machine_is_writing(format, config):
+    path = sample(replace(config, format=format))
+    folder = SampleFolder(path.parent, config.num_samples, config.batch_size)
+    fresh, old, old_folder = (path.with_name(f"{path.name}.{name}.partial") for name in ("a", "b", "c"))
+    fresh.touch()
+    old.touch()
+    old_folder.mkdir()
+    for leftover in (old, old_folder):
+        os.utime(leftover, (time.time() - 2 * 24 * 3600,) * 2)
+    folder.merge(format)
+    assert list(path.parent.glob("*.partial")) == [fresh]
+
+
+def test_a_join_that_fails_leaves_nothing(config, monkeypatch):
+    path = sample(config)
+    folder = SampleFolder(path.parent, config.num_samples, config.batch_size)
+
+    def full_disk(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        folder.merge("npz")
+    assert not list(path.parent.glob("*.partial")) and folder.is_merged("npz")
+
+
 def test_pngs_hold_the_same_pixels(config, expected, tmp_path):
     folder = sample(replace(config, format="png"))
     assert len(list(folder.glob("*.png"))) == 8 and Image.open(folder / "000000.png").mode == "L"

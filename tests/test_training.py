@@ -467,6 +467,19 @@ def test_tensorboard_receives_numbers_and_pictures(tmp_path):
     assert [(image.step, image.width, image.height) for image in images] == [(4, 16, 16), (6, 16, 16)]
 
 
+def test_the_plot_of_a_validation_reaches_the_trackers(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train(replace(TINY_CLASSIFIER, output_dir=str(tmp_path / "run"), report_to="tensorboard"))
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "logs" / "run"))
+    events.Reload()
+    assert events.Tags()["images"] == ["noise_levels"]
+    assert [image.step for image in events.Images("noise_levels")] == [4, 6]
+
+
+def test_the_log_needs_nothing_that_windows_lacks(tmp_path, fresh_python):
+    fresh_python("import sys; sys.modules['resource'] = None; import diffusers_ext.training.tracking", tmp_path)
+
+
 def test_trackio_stays_in_the_run_folder(tmp_path, fresh_python):
     """Numbers and pictures are in its database, no socket is opened, and nothing is written elsewhere."""
     pytest.importorskip("trackio")

@@ -29,6 +29,7 @@ def bits_per_dim(
     Args:
         model: denoiser, called as `model(sample, timestep)` or `model(sample, timestep, class_labels=...)`, that
             predicts what `scheduler.config.prediction_type` says; a second half of channels is the learned variance.
+            It sees images in its own `dtype`; all else is counted in float32.
         images: `(B, C, H, W)` of 256 grey levels, uint8 or float in [-1, 1], where the model is.
         scheduler: with betas, as saved with the model. Its `prediction_type`, `variance_type` and `clip_sample` are
             used; its state is not.
@@ -69,6 +70,7 @@ def bits_per_dim(
         raise ValueError(f"`noise` {tuple(noise.shape)} must have the shape {(len(timesteps), *images.shape)}.")
 
     labels = {} if class_labels is None else {"class_labels": class_labels}
+    dtype = getattr(model, "dtype", images.dtype)
     columns = []
     for index in reversed(range(len(timesteps))):
         if noise is not None:
@@ -77,7 +79,7 @@ def bits_per_dim(
             eps = randn_tensor(images.shape, generator=generator, device=images.device)
         step = torch.full((len(images),), index, device=images.device)
         x_t = process.add_noise(images, eps, step)
-        output = model(x_t, torch.full_like(step, timesteps[index]), **labels).sample.float()
+        output = model(x_t.to(dtype), torch.full_like(step, timesteps[index]), **labels).sample.float()
         prediction, *values = output.split(images.shape[1], dim=1)
         x_start = process.predict_start(x_t, prediction, step, prediction_type)
         if scheduler.config.get("clip_sample", False):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from diffusers_ext.evaluation.metrics import Estimate, proportion
+from diffusers_ext.evaluation.estimates import Estimate, proportion
 from diffusers_ext.evaluation.networks import TransformersNetwork, open_transformers
 
 

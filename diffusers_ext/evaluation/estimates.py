@@ -7,7 +7,7 @@ resample holds twice do not bias distances upwards. Where samples and references
 distances are too wide by about the factor 1.4.
 """
 
-import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -53,9 +53,6 @@ class Metric:
     def from_dict(cls, values: dict[str, Any]) -> "Metric":
         return cls(**values)
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict())
-
     def __str__(self) -> str:
         interval = "" if self.low is None else f" [{self.low:.4g}, {self.high:.4g}]"
         return f"{self.value:.4g}{interval}"
@@ -71,6 +68,7 @@ class Estimate:
         influences: one array per set of images that varies in the bootstrap, each of mean zero.
         details: further numbers.
         note: a warning for readers, or None.
+        limits: what the metric cannot leave, where a sum of contributions would by rounding.
     """
 
     value: float
@@ -79,6 +77,7 @@ class Estimate:
     influences: tuple[np.ndarray, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
     note: str | None = None
+    limits: tuple[float, float] = (-math.inf, math.inf)
 
     def metric(self, name: str, *, seed: int, num_bootstrap: int = 1000, **facts: Any) -> Metric:
         """The figure with its bootstrap interval.
@@ -104,7 +103,8 @@ def bootstrap(
     for influence in estimate.influences:
         for index in range(num):
             replicates[index] += influence[generator.integers(len(influence), size=len(influence))].mean()
-    low, high = np.quantile(replicates, [(1 - confidence) / 2, (1 + confidence) / 2])
+    bounds = np.quantile(replicates, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = bounds.clip(*estimate.limits)
     return float(low), float(high)
 
 
@@ -114,4 +114,5 @@ def proportion(
     """The mean of a number per image, such as whether a judge agrees `(M,)`."""
     values = np.asarray(values, dtype=np.float64)
     mean = float(values.mean())
-    return Estimate(mean, num_samples, num_reference, (values - mean,), details or {})
+    limits = float(values.min()), float(values.max())
+    return Estimate(mean, num_samples, num_reference, (values - mean,), details or {}, limits=limits)

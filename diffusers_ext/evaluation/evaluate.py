@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from diffusers_ext.evaluation.sweep import point_name, sweep_points
 
 
 # Options that say how samples were drawn, for tables and cards, where they are not the defaults.
-TOLD = ("scheduler", *CALL_OPTIONS, "class_labels")
+TOLD = ("scheduler", "scheduler_options", *CALL_OPTIONS, "call_options", "class_labels", "prompts", "dtype")
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -74,6 +74,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "seed": config.seed,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers")},
         "points": [],
+        "model_settings": {"dtype": config.dtype} if config.dtype != "float32" else {},
         "model_metrics": [],
         "noise_levels": None,
     }
@@ -101,9 +102,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         samples = read_samples(path)
         metrics = _kept_metrics(folder, config, of_samples)
         if metrics is None:
-            metrics = measure_samples(config, of_samples, samples, references)
+            metrics = measure_samples(replace(config, prompts=point.prompts), of_samples, samples, references)
             _keep_metrics(folder, config, of_samples, metrics)
-        row = {"settings": _told(point) | settings, "swept": settings, "num_samples": len(samples)}
+        swept = {name: _value_told(name, value) for name, value in settings.items()}
+        row = {"settings": _told(point) | swept, "swept": swept, "num_samples": len(samples)}
         result["points"].append(row | {"metrics": [metric.to_dict() for metric in metrics]})
         write_tables(result, output)
         references.load(samples)
@@ -150,4 +152,10 @@ def _measuring_options(config: EvaluateConfig, names: Sequence[str]) -> dict[str
 def _told(point: EvaluateConfig) -> dict[str, Any]:
     """How the samples of a point were drawn, where it is not by default."""
     defaults = {field.name: field.default for field in fields(DrawingOptions)}
-    return {name: getattr(point, name) for name in TOLD if getattr(point, name) != defaults[name]}
+    varied = [name for name in TOLD if getattr(point, name) != defaults[name]]
+    return {name: _value_told(name, getattr(point, name)) for name in varied}
+
+
+def _value_told(name: str, value: Any) -> Any:
+    """Of a file the name alone: its folder is nobody's business."""
+    return Path(value).name if name == "prompts" and value is not None else value

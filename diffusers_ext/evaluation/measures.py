@@ -25,7 +25,7 @@ from diffusers_ext.evaluation.metrics import (
     precision_recall,
 )
 from diffusers_ext.evaluation.networks import short_name
-from diffusers_ext.evaluation.noise_levels import NoiseLevelReport, accuracy_by_noise_level
+from diffusers_ext.evaluation.noise_levels import NoiseLevelReport, accuracy_by_noise_level, some_rows
 from diffusers_ext.evaluation.options import OF_FEATURES, EvaluateConfig, classifier_folder, data_config
 from diffusers_ext.evaluation.samples import Samples
 from diffusers_ext.models import ADMClassifierModel
@@ -163,7 +163,7 @@ def measure_bits_per_dim(config: EvaluateConfig, pipe: DiffusionPipeline, refere
         numbers = range(start, start + len(batch.images))
         result = bits_per_dim(
             network,
-            batch.images.to(network.dtype) / 127.5 - 1,
+            batch.images,
             pipe.scheduler,
             num_steps=config.bpd_steps,
             generator=[torch.Generator().manual_seed(config.seed + number) for number in numbers],
@@ -197,10 +197,3 @@ def measure_classifier(
     data = open_data(data_config(config), config.reference_split, **options)
     limits = {"num_images": config.reference_images, "batch_size": config.batch_size, "seed": config.seed}
     return accuracy_by_noise_level(classifier, process, data, device=device, **limits)
-
-
-def some_rows(length: int, limit: int | None, seed: int) -> list[int]:
-    """`limit` rows drawn by chance, in order; all without a limit."""
-    if limit is None or limit >= length:
-        return list(range(length))
-    return sorted(np.random.default_rng(seed).choice(length, limit, replace=False).tolist())

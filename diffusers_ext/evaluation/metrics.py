@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusers_ext.evaluation.estimates import Estimate, Metric, proportion
+from diffusers_ext.evaluation.estimates import Estimate, proportion
 
 
 # Numbers in a matrix of distances that is held at a time: few enough to stay in the processor's cache.
@@ -223,43 +223,6 @@ def pairwise_distance(samples: Any, labels: Sequence[int] | None = None) -> Esti
         }
     value = float(distances.mean())
     return Estimate(value, len(samples), None, (2 * (distances - value),), details)
-
-
-def compare(
-    samples: Any,
-    reference: Any,
-    *,
-    extractor: Any,
-    reference_name: str,
-    seed: int = 0,
-    num_bootstrap: int = 1000,
-    labels: Sequence[int] | None = None,
-) -> list[Metric]:
-    """All metrics of features, with their intervals.
-
-    Args:
-        samples: features `(M, F)` of generated images; reference: features `(N, F)`.
-        extractor: the [`FeatureExtractor`] they come from.
-        reference_name: data set and split of the references.
-        seed: of subsets and bootstrap.
-        num_bootstrap: resamples.
-        labels: classes `(M,)` that the samples are of.
-    """
-    name = extractor.name
-    facts = {"extractor": name, "reference": reference_name, "seed": seed, "num_bootstrap": num_bootstrap}
-    precision, recall = precision_recall(samples, reference)
-    density, coverage = density_coverage(samples, reference)
-    estimates = {
-        extractor.frechet_name: frechet(samples, reference),
-        extractor.kernel_name: kernel_distance(samples, reference, seed=seed),
-        f"precision-{name}": precision,
-        f"recall-{name}": recall,
-        f"density-{name}": density,
-        f"coverage-{name}": coverage,
-    }
-    metrics = [estimate.metric(key, **facts) for key, estimate in estimates.items()]
-    alone = pairwise_distance(samples, labels)
-    return [*metrics, alone.metric(f"pairwise-distance-{name}", **facts | {"reference": None})]
 
 
 def _radii(points: np.ndarray, k: int) -> np.ndarray:

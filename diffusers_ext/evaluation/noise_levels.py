@@ -62,7 +62,7 @@ class NoiseLevelReport:
     """held-out images at each level"""
     num_classes: int
     seed: int
-    """of noise and timesteps"""
+    """of the choice of images, noise and timesteps"""
 
     @property
     def top_k(self) -> int:
@@ -182,9 +182,9 @@ def accuracy_by_noise_level(
         process: a scheduler of diffusers with `betas`, or a [`ForwardProcess`].
         data: held-out labelled images, as `open_data` gives them.
         levels: ranges of timesteps of equal length; guided-diffusion reports four.
-        num_images: the first so many; None takes all.
+        num_images: so many, drawn by chance with the seed, the same for every classifier; None takes all in order.
         batch_size: images at a time.
-        seed: of noise and timesteps.
+        seed: of the choice of images, noise and timesteps.
         device: where the classifier is.
 
     Raises:
@@ -207,7 +207,7 @@ def accuracy_by_noise_level(
     logits, labels = [[] for _ in range(levels)], []
     classifier.eval()
     try:
-        for batch in _batches(data, num_images, batch_size):
+        for batch in _batches(data, some_rows(len(data), num_images, seed), batch_size):
             x_start = batch.images.to(device).float() / 127.5 - 1
             noise, shares = _random(seed, range(number, number + len(x_start)), levels, x_start.shape[1:])
             number += len(x_start)
@@ -227,11 +227,16 @@ def accuracy_by_noise_level(
     return NoiseLevelReport(tuple(results), len(labels), logits[0][0].shape[1], seed)
 
 
-def _batches(data: Any, num_images: int | None, batch_size: int) -> Iterator[Any]:
-    """The first images in their order, each once."""
-    count = len(data) if num_images is None else min(num_images, len(data))
-    for start in range(0, count, batch_size):
-        batch = data.rows(list(range(start, min(start + batch_size, count))))
+def some_rows(length: int, limit: int | None, seed: int) -> list[int]:
+    """`limit` of `length` rows, in order; drawn by chance, since a split may be sorted by class. No limit: all."""
+    if limit is None or limit >= length:
+        return list(range(length))
+    return sorted(np.random.default_rng(seed).choice(length, limit, replace=False).tolist())
+
+
+def _batches(data: Any, rows: list[int], batch_size: int) -> Iterator[Any]:
+    for start in range(0, len(rows), batch_size):
+        batch = data.rows(rows[start : start + batch_size])
         if batch.labels is None:
             raise ValueError("`data` has no labels: name its column with `label_column`.")
         yield batch

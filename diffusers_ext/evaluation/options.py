@@ -124,15 +124,16 @@ def chosen_metrics(config: EvaluateConfig, kind: str) -> tuple[str, ...]:
             raise ValueError(f"`sweep` is {config.sweep}, but `model` is {kind}; give a pipeline to draw from.")
     elif config.num_samples < LEAST_SAMPLES and (config.metrics is None or set(config.metrics) & set(OF_FEATURES)):
         raise ValueError(f"`num_samples` is {config.num_samples}; comparing features needs {LEAST_SAMPLES} or more.")
+    has_prompts = config.prompts is not None or any(part.startswith("prompts=") for part in config.sweep)
     if config.metrics is None:
         default = [name for name in possible if name not in ("clip_score", *OF_THE_MODEL)]
         if kind == "classifier":
             default = ["noise_levels"]
-        return (*default, "clip_score") if config.prompts is not None else tuple(default)
+        return (*default, "clip_score") if has_prompts else tuple(default)
     wrong = [name for name in config.metrics if name not in possible]
     if wrong:
         raise ValueError(f"`metrics` holds {wrong[0]!r}; of {kind} can be measured {', '.join(possible)}.")
-    if "clip_score" in config.metrics and config.prompts is None:
+    if "clip_score" in config.metrics and not has_prompts:
         raise ValueError(
             "`metrics` holds 'clip_score', which needs `prompts`: the file that the samples show in turn."
         )
@@ -148,13 +149,14 @@ def check_reference(config: EvaluateConfig, names: Sequence[str]) -> bool:
     for name in ("reference_images", "train_images", "bpd_images", "num_bootstrap"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"`{name}` is {getattr(config, name)}; it must be at least 1.")
-    splits = [config.reference_split]
+    splits = ["reference_split"]
     needs_train = "accuracy" in names and config.judge == "neighbours"
     if needs_train or (config.features.startswith("pca") and set(names) & set(OF_FEATURES)):
-        splits.append(config.train_split)
+        splits.append("train_split")
     columns = {"image_column": config.image_column, "label_column": config.label_column}
     options = {"config_name": config.dataset_config_name, **columns}
-    return all([open_source(config.reference, split, **options).labels is not None for split in splits])
+    sources = [open_source(config.reference, getattr(config, name), split_option=name, **options) for name in splits]
+    return all(source.labels is not None for source in sources)
 
 
 def data_config(config: EvaluateConfig) -> TrainingConfig:

@@ -85,9 +85,8 @@ def table(result: dict[str, Any]) -> str:
         parts += ["\n".join("| " + " | ".join(row) + " |" for row in rows)]
     for metric in result["model_metrics"]:
         count, steps = metric["num_samples"], metric["details"].get("num_steps")
-        parts.append(
-            f"{metric['name']}: {_figure(metric)}, {count:,} images of {metric['reference']}, {steps} timesteps."
-        )
+        name = _title(metric["name"], result["model_settings"])
+        parts.append(f"{name}: {_figure(metric)}, {count:,} images of {metric['reference']}, {steps} timesteps.")
     if result["noise_levels"] is not None:
         from diffusers_ext.evaluation.noise_levels import NoiseLevelReport
 
@@ -175,7 +174,8 @@ def eval_results(result: dict[str, Any], task: str) -> list[EvalResult]:
     data = {"task_type": task, "dataset_type": name, "dataset_name": name, "dataset_split": split}
     entries = []
     figures = [(point["settings"], metric) for point in result["points"] for metric in point["metrics"]]
-    for settings, metric in figures + [({}, metric) for metric in result["model_metrics"]]:
+    of_model = result["model_settings"]
+    for settings, metric in figures + [(of_model, metric) for metric in result["model_metrics"]]:
         if metric_type(metric["name"]) not in HEADLINES:
             continue
         told = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
@@ -183,14 +183,15 @@ def eval_results(result: dict[str, Any], task: str) -> list[EvalResult]:
         arguments |= {key: metric[key] for key in ("num_reference", "extractor") if metric[key] is not None}
         if metric["low"] is not None:
             arguments["interval_95"] = [_rounded(metric["low"]), _rounded(metric["high"])]
-        title = f"{metric['name']} ({point_name(settings).replace(',', ', ')})" if settings else metric["name"]
+        title = _title(metric["name"], settings)
         entry = {"metric_type": metric_type(metric["name"]), "metric_value": _rounded(metric["value"])}
         entries.append(EvalResult(**data, **entry, metric_name=title, metric_args=arguments))
     if result["noise_levels"] is not None:
         kept = result["noise_levels"]
         for level in kept["levels"]:
             title = f"top-1 accuracy, timesteps {level['first_timestep']} to {level['last_timestep']}"
-            arguments = {"num_images": kept["num_images"], "seed": kept["seed"]}
+            title = _title(title, of_model)
+            arguments = of_model | {"num_images": kept["num_images"], "seed": kept["seed"]}
             arguments["interval_95"] = [_rounded(level["top1_low"]), _rounded(level["top1_high"])]
             entry = {"metric_type": "accuracy", "metric_value": _rounded(level["top1"])}
             classified = data | {"task_type": "image-classification"}
@@ -201,6 +202,11 @@ def eval_results(result: dict[str, Any], task: str) -> list[EvalResult]:
 def metric_type(name: str) -> str:
     """`FD-pca64` -> `frechet_distance`."""
     return next((kind for start, kind in METRIC_TYPES.items() if name == start or name.startswith(f"{start}-")), name)
+
+
+def _title(name: str, settings: dict[str, Any]) -> str:
+    """`FD-pca64 (scheduler=ddim, eta=1)`."""
+    return f"{name} ({point_name(settings).replace(',', ', ')})" if settings else name
 
 
 def _identity(entry: EvalResult) -> tuple[str, ...]:

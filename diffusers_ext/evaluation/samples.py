@@ -12,6 +12,7 @@ Every file is written under another name and then renamed, so that a file with i
 import json
 import os
 import shutil
+import time
 import uuid
 import zipfile
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from diffusers.utils import make_image_grid
 
 
 IMAGES_OF_GRID = 64
+LEFTOVER_AGE = 24 * 3600  # seconds after which nobody writes a partial file any more
 
 
 class SampleFolder:
@@ -125,16 +127,20 @@ class SampleFolder:
         if missing:
             raise ValueError(f"{self.path} lacks {describe_shards(self, missing)}; draw them first.")
         target = self.merged_path(format)
+        for leftover in self.path.glob(f"{target.name}.*.partial"):
+            if _age(leftover) > LEFTOVER_AGE:
+                _remove(leftover)
         partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")  # two machines may finish at once
-        if format == "npz":
-            self._write_npz(partial)
-        else:
-            self._write_png(partial)
-            if target.is_dir():
-                shutil.rmtree(target)
-        os.replace(partial, target)
-        for leftover in self.path.glob(f"{target.name}.*.partial"):  # of merges that were killed
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        try:
+            if format == "npz":
+                self._write_npz(partial)
+            else:
+                self._write_png(partial)
+                if target.is_dir():
+                    shutil.rmtree(target)
+            os.replace(partial, target)
+        finally:
+            _remove(partial)
         self._write_grid()
         return target
 
@@ -277,6 +283,18 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file or folder was written to; 0 where it has gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _rows_of_npz(path: Path) -> int | None:

@@ -125,18 +125,17 @@ class CaptionEncoder:
                 f"`cross_attention_dim` {dim}. Use {remedy}, or a text encoder of width {dim}."
             )
 
-    def conditions(self, captions: Sequence[str], dropout_prob: float = 0.0) -> dict[str, torch.Tensor]:
+    def conditions(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """[`encode`], under the names that networks give to it."""
-        states, mask = self.encode(captions, dropout_prob)
+        states, mask = self.encode(captions)
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str], dropout_prob: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states `(B, T, D)` and int64 mask `(B, T)`, 1 where there is a token, on the encoder's device.
 
         Args:
             captions: B of them. The empty one is encoded once only.
-            dropout_prob: share of captions replaced by the empty one, drawn from torch's global generator.
 
         Raises:
             ValueError: for what is no list of texts.
@@ -144,8 +143,6 @@ class CaptionEncoder:
         if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
             wrong = captions if isinstance(captions, str) else [c for c in captions if not isinstance(c, str)][0]
             raise ValueError(f"`captions` is or holds {wrong!r}; it must be a list of texts (str), one per image.")
-        if dropout_prob:
-            captions = drop_captions(captions, dropout_prob)
         if self._empty is None:
             self._empty = self._encode([""])
         states, mask = (values.repeat(len(captions), *[1] * (values.ndim - 1)) for values in self._empty)
@@ -156,14 +153,6 @@ class CaptionEncoder:
 
     def _encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         return encode_text(self.tokenizer, self.text_encoder, captions, self.text_encoder.device)
-
-
-def drop_captions(captions: Sequence[str], probability: float) -> list[str]:
-    """Captions of which a share is empty, each by chance, drawn from torch's global generator."""
-    if not 0 <= probability <= 1:
-        raise ValueError(f"`caption_dropout_prob` is {probability}; it is a share of the captions, from 0 to 1.")
-    dropped = torch.rand(len(captions)) < probability
-    return ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
 
 
 def _text_model_class(config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -40,7 +40,7 @@ class Progress:
     step: int = 0
     """optimizer steps done, skipped ones included"""
     validation_due: bool = False
-    """the validation of this step was interrupted"""
+    """the validation of this step is yet to come, or was interrupted"""
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -103,16 +103,17 @@ def checkpoint_to_resume(config: TrainingConfig, accelerator: Accelerator) -> Pa
     Raises:
         ValueError: when the run folder already holds checkpoints and the run is not asked to resume, and when what is
             to be resumed does not exist or is damaged.
+        OSError: when the run folder cannot be read or changed.
     """
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # in all processes that of the main one
     if accelerator.is_main_process:
         try:
             outcome[0] = _find(Path(config.output_dir), config.resume_from_checkpoint)
-        except ValueError as error:
-            outcome[1] = str(error)
+        except (OSError, ValueError) as error:
+            outcome[1] = error
     broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise ValueError(outcome[1])
+        raise outcome[1]
     return outcome[0]
 
 
@@ -278,10 +279,11 @@ def explain_full_disk(output_dir: Path, what: str = "the run's files", num_bytes
         if isinstance(error, DiskFullError) or not DISK_FULL.search(str(error)):
             raise
         kept = checkpoints(output_dir)
+        there = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
         needed = f"about {num_bytes:,} bytes are needed, " if num_bytes else ""
         last = f"{kept[-1].name} is complete" if kept else "there is no checkpoint yet"
         raise DiskFullError(
-            f"{what} cannot be written to {output_dir} ({error}): {needed}{shutil.disk_usage(output_dir).free:,} are "
+            f"{what} cannot be written to {output_dir} ({error}): {needed}{shutil.disk_usage(there).free:,} are "
             f"free, and {last}. Free space, or choose a lower `checkpoints_total_limit`, and go on with "
             "--resume_from_checkpoint latest."
         ) from error

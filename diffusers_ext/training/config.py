@@ -4,6 +4,27 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+# Options, what their values must be, and whether a value is that.
+RANGES = (
+    (
+        ("max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps", "log_steps")
+        + ("checkpointing_steps", "validation_steps", "validation_epochs", "validation_images", "bucket_step")
+        + ("validation_inference_steps", "shuffle_buffer_size", "sample_size", "resolutions"),
+        "at least 1",
+        lambda value: value >= 1,
+    ),
+    (
+        ("seed", "checkpoints_total_limit", "dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay"),
+        "at least 0",
+        lambda value: value >= 0,
+    ),
+    (("learning_rate", "max_grad_norm", "adam_epsilon"), "more than 0", lambda value: value > 0),
+    (("ema_decay", "adam_beta1", "adam_beta2"), "at least 0 and less than 1", lambda value: 0 <= value < 1),
+    (("caption_dropout_prob",), "between 0 and 1", lambda value: 0 <= value <= 1),
+    (("max_aspect_ratio",), "at least 1", lambda value: value >= 1),
+)
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """Options shared by every task."""
@@ -82,7 +103,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """compute activations twice instead of keeping them"""
     channels_last: bool = False
-    """memory format of weights and images"""
+    """memory format of the weights, which activations follow"""
     use_ema: bool = True
     """validate and save an exponential moving average of the weights"""
     ema_decay: tuple[float, ...] = (0.9999,)
@@ -151,6 +172,13 @@ class TrainingConfig:
     """inside every block"""
     model_options: tuple[str, ...] = ()
     """any other option of the network, as `name=value` with the value in JSON: `num_key_value_heads=2`"""
+
+    def __post_init__(self) -> None:
+        for names, rule, holds in RANGES:
+            for name in names:
+                value = getattr(self, name, None)
+                if value is not None and not all(map(holds, value if isinstance(value, tuple) else (value,))):
+                    raise ValueError(f"`{name}` ({value}) must be {rule}.")
 
 
 @dataclass(frozen=True)

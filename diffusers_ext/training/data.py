@@ -326,6 +326,7 @@ def open_data(
     need_labels: bool = False,
     need_captions: bool = False,
     num_classes: int | None = None,
+    split_option: str = "dataset_split",
 ) -> ImageData:
     """Open the data of a training.
 
@@ -336,6 +337,7 @@ def open_data(
         channels: of what the network sees: 1 (greyscale), 3 (colour) or the channels of latents.
         need_labels, need_captions: fail where there are none, instead of returning images without.
         num_classes: labels must lie below it; None: classes of the dataset, or the largest integer label plus one.
+        split_option: the option that `split` comes from, for error messages.
 
     Raises:
         ValueError: about an option, dataset, split, column or row that does not exist or is not valid; see
@@ -352,6 +354,7 @@ def open_data(
         need_labels=need_labels,
         need_captions=need_captions,
         num_classes=num_classes,
+        split_option=split_option,
     )
     if getattr(config, "vae", None) is not None:
         from diffusers_ext.training.latents import open_latents

@@ -16,12 +16,13 @@ from diffusers_ext.training.tasks import TASKS
 def describe(config: TrainingConfig) -> str:
     """The resolved options as YAML that `--config` reads back, and the rest as comments below them.
 
-    The data are opened, as the number of classes and of epochs follow from them, so that wrong ones are found here.
+    The data are opened, as the numbers of classes and of epochs follow from them, so that wrong ones are found here;
+    they are not turned into latents.
 
     Raises:
         ValueError: for options and data that the training would refuse.
     """
-    task = TASKS[type(config)](config)
+    task = TASKS[type(config)](config, dry_run=True)
     with torch.device("meta"):
         model = task.build_model(pretrained_weights=False)
     if config.gradient_checkpointing:

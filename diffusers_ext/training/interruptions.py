@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,9 @@ from accelerate import Accelerator
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
+# Seconds within which signals are one request: a scheduler signals all processes, and torchrun passes it on to them.
+ONE_REQUEST = 2.0
+
 
 class Interrupted(BaseException):
     """A signal arrived while something ran that can be dropped. Like KeyboardInterrupt it is no `Exception`, so that
@@ -18,7 +22,7 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """Collects SIGTERM and SIGINT instead of dying from the first one; the second acts as usual.
+    """Collects SIGTERM and SIGINT instead of dying from the first one; a second, after a while, acts as usual.
 
     Used as a context, within which `received` holds the numbers of the signals of this process.
     """
@@ -39,10 +43,14 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
-        self.received.append(number)
-        self.__exit__()
-        if self._droppable:
-            raise Interrupted
+        if not self.received:
+            self.received.append(number)
+            self._first = time.monotonic()
+            if self._droppable:
+                raise Interrupted
+        elif time.monotonic() > self._first + ONE_REQUEST:
+            self.__exit__()
+            signal.raise_signal(number)
 
     @contextmanager
     def droppable(self, wanted: bool = True) -> Iterator[None]:

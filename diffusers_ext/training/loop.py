@@ -6,6 +6,7 @@ https://arxiv.org/abs/2312.02696) reseeds in this way. So a resumed run takes th
 processes that of one with twice the forward passes per step.
 """
 
+import traceback
 from collections import defaultdict
 from pathlib import Path
 from signal import Signals
@@ -30,7 +31,7 @@ from diffusers_ext.training.checkpoints import (
     save_checkpoint,
 )
 from diffusers_ext.training.config import TrainingConfig
-from diffusers_ext.training.interruptions import Interrupted, StopSignals
+from diffusers_ext.training.interruptions import Interrupted, StopSignals, anywhere
 from diffusers_ext.training.nonfinite import NonfiniteGuard
 from diffusers_ext.training.preparation import (
     build_network,
@@ -49,7 +50,8 @@ def train(config: TrainingConfig) -> Path:
     The run folder receives `config.json`, `checkpoint-STEP/`, `metrics.jsonl`, `metrics.png` and `samples/`, and at
     the end the component's folder (`unet/`, `transformer/` or `classifier/`; the average of the first `ema_decay`, the
     others as variants such as `ema-0_99`), its scheduler, and what makes a pipeline of them that
-    `DiffusionPipeline.from_pretrained` loads. SIGTERM and SIGINT end the run with a checkpoint.
+    `DiffusionPipeline.from_pretrained` loads. SIGTERM and SIGINT end the run with a checkpoint, and so does an error
+    in a validation, which a resumed run repeats.
 
     Args:
         config: options; its class decides what is trained.
@@ -65,7 +67,8 @@ def train(config: TrainingConfig) -> Path:
         DiskFullError: an OSError, when something cannot be written; earlier checkpoints stay.
         SystemExit: after a signal, with the usual code 128 + signal.
     """
-    run = Run(config)
+    with explain_full_disk(Path(config.output_dir), "the run's files or latents"):
+        run = Run(config)
     with explain_full_disk(run.output_dir), run.log.bar, StopSignals(run.accelerator) as stop:
         signal = run.train(stop)
         if run.progress.step > run.saved_step:
@@ -140,7 +143,6 @@ class Run:
         )
         if progress.validation_due:
             self.validate(stop)
-            self.saved_step -= not progress.validation_due  # the checkpoint shall say that it is done
         while not (signal := stop.agreed()) and progress.step < self.steps:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(progress.step)
@@ -174,35 +176,54 @@ class Run:
         return signal
 
     def after_step(self, stop: StopSignals) -> None:
-        """Log, validate and save, each at its time."""
+        """Log, save and validate, each at its time.
+
+        What is saved says that the validation is due: a run that is killed in it goes on from there.
+        """
         config, step = self.config, self.progress.step
         last = step == self.steps
         self.log.advance()
         if step % config.log_steps == 0 or last:
             skipped = {"nonfinite_steps": self.guard.skipped} if config.on_nonfinite == "skip" else {}
             self.log.write_means(step, learning_rate=self.optimizer.param_groups[0]["lr"], **skipped)
-        if step % self.validation_steps == 0 or last:
-            self.validate(stop)
-        if self.posthoc is not None and (step % config.checkpointing_steps == 0 or last):
-            self.posthoc.snapshot()
-        if step % config.checkpointing_steps == 0:
+        self.progress.validation_due = step % self.validation_steps == 0 or last
+        if step % config.checkpointing_steps == 0 or last:
+            if self.posthoc is not None:
+                self.posthoc.snapshot()
             self.save_checkpoint()
+        if self.progress.validation_due:
+            self.validate(stop)
 
     def validate(self, stop: StopSignals) -> None:
-        """Judge the averaged network in the main process; after a signal, when the run is resumed."""
-        step = self.progress.step
-        self.progress.validation_due = True
-        with self.averaged_network(self.averages.decays[0]) as network:
-            if network is not None:
-                try:
+        """Judge the averaged network in the main process; after a signal, when the run is resumed.
+
+        Raises:
+            Exception: any of the task's, when the run can be resumed; a RuntimeError in the other processes.
+        """
+        step, lines = self.progress.step, self.log.lines
+        interrupted, error = False, None
+        try:
+            with self.averaged_network(self.averages.decays[0]) as network:
+                if network is not None:
                     with stop.droppable():
                         metrics = self.task.validate(network, step, self.output_dir)
-                except Interrupted:
-                    return
-                self.log.write(step, **metrics)
-                self.log.write_images(step)
-                self.log.draw()
-        self.progress.validation_due = False
+                    self.log.write(step, **metrics)
+                    self.log.write_images(step)
+                    self.log.draw()
+        except Interrupted:
+            interrupted = True
+        except Exception as caught:
+            error = caught
+        interrupted, failed = anywhere(self.accelerator, interrupted, error is not None)
+        if failed:
+            self.log.lines = lines  # of what comes again
+            try:
+                raise error or RuntimeError("The validation failed in the main process, see its error.")
+            finally:
+                if step > self.saved_step:
+                    traceback.clear_frames(getattr(error, "__traceback__", None))  # frees what filled the memory
+                    self.save_checkpoint()
+        self.progress.validation_due = interrupted
         self.log.restart_clock()
 
     def save_checkpoint(self) -> None:
@@ -220,7 +241,7 @@ class Run:
         first, *others = self.averages.decays
         with self.averaged_network(first) as network:
             if network is not None:
-                self.task.save(network, self.output_dir)
+                self.task.save(network, self.output_dir, self.steps, self.log.images_per_step)
         for decay in others:
             with self.averaged_network(decay) as network:
                 if network is not None:

@@ -284,7 +284,7 @@ def build_scheduler(config) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
             f"`flow_shift` ({config.flow_shift}) must stay 1 unless `prediction_type` is 'flow_prediction', not "
             f"{prediction_type!r}: other processes have a `beta_schedule`."
         )
-    if zero_snr and prediction_type == "epsilon":
+    if zero_snr and getattr(config, "prediction_type", None) == "epsilon":
         raise ValueError(
             "`rescale_betas_zero_snr` leaves no signal at the last timestep, where the noise says nothing about the "
             "image, but `prediction_type` is 'epsilon'. Use 'v_prediction' or 'sample'."

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from torch import nn
 
 from diffusers.optimization import get_scheduler
@@ -35,11 +35,25 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # the others wait for a validation
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        if config.on_nonfinite == "skip":
-            raise ValueError("`on_nonfinite` is 'skip', but DeepSpeed takes the step itself; use 'stop' with it.")
-        options = accelerator.state.deepspeed_plugin.deepspeed_config
-        options["train_micro_batch_size_per_gpu"] = config.train_batch_size  # it knows no loader of ours
+        adapt_deepspeed(accelerator.state.deepspeed_plugin, config)
     return accelerator
+
+
+def adapt_deepspeed(plugin: DeepSpeedPlugin, config: TrainingConfig) -> None:
+    """Give DeepSpeed, which takes the steps itself, the options of the training.
+
+    Raises:
+        ValueError: for what does not work with it.
+    """
+    if plugin.zero_stage == 3:
+        raise ValueError(
+            "`zero_stage` is 3 in the configuration of DeepSpeed, which leaves no weights to average and check; use "
+            "FSDP2 (accelerate/fsdp2.yaml) to shard the weights, or ZeRO-2 (accelerate/deepspeed_zero2.yaml)."
+        )
+    if config.on_nonfinite == "skip":
+        raise ValueError("`on_nonfinite` is 'skip', but DeepSpeed takes the step itself; use 'stop' with it.")
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size  # it knows no loader of ours
+    plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
 
 
 def build_network(task: Task, config: TrainingConfig) -> nn.Module:

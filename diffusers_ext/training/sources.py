@@ -52,6 +52,7 @@ def open_source(
     need_labels: bool = False,
     need_captions: bool = False,
     num_classes: int | None = None,
+    split_option: str = "dataset_split",
 ) -> Source:
     """Open one split of a dataset.
 
@@ -66,6 +67,7 @@ def open_source(
         need_labels, need_captions: fail where there are none. Labels that nobody needs or asks for are left out
             where they are not valid, and of a stream always.
         num_classes: labels must lie below it; None: classes of the dataset, or the largest integer label plus one.
+        split_option: the option that `split` comes from, for error messages.
 
     Raises:
         ValueError: when the dataset, the split or a column does not exist, the split is empty, or a label or caption
@@ -76,7 +78,7 @@ def open_source(
     except ImportError as error:
         raise ImportError('Images are read with `datasets`: pip install "diffusers_ext[train]".') from error
 
-    table = _open(dataset, split, config_name, streaming)
+    table = _open(dataset, split, split_option, config_name, streaming)
     features = table.features
     if features is None:
         table = table._resolve_features()  # of files that do not state their types: read from the first rows
@@ -96,7 +98,7 @@ def open_source(
         ) from error
     first = next(iter(table), None)
     if first is None:
-        raise ValueError(_empty(dataset, split))
+        raise ValueError(_empty(dataset, split, split_option))
     class_names = labels = None
     if label_column is None:
         num_classes = None
@@ -156,17 +158,17 @@ def choose_caption(caption: str | list[str] | None, random: float, column: str, 
     return several[int(random * len(several))]
 
 
-def _open(name: str, split: str, config_name: str | None, streaming: bool) -> Any:
+def _open(name: str, split: str, split_option: str, config_name: str | None, streaming: bool) -> Any:
     import datasets
 
     if name == "digits":
-        table = _sklearn_digits(split)
+        table = _sklearn_digits(split, split_option)
         return table.to_iterable_dataset() if streaming else table
     path = Path(name).expanduser()
     if not path.exists() and (name.startswith((".", "/", "~")) or path.suffix in (".parquet", ".arrow")):
         raise ValueError(f"`dataset` ({name!r}) looks like a local file or folder, but there is none.")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return _open_saved(path, split, streaming)
+        return _open_saved(path, split, split_option, streaming)
     if path.is_file() and path.suffix not in (".parquet", ".arrow"):
         raise ValueError(f"`dataset` ({name!r}) is a file, so it must end in .parquet or .arrow; or give its folder.")
     arguments = {"path": str(path) if path.is_dir() else name, "name": config_name}
@@ -178,15 +180,15 @@ def _open(name: str, split: str, config_name: str | None, streaming: bool) -> An
         splits = _split_names(arguments)
         if splits and split.partition("[")[0] not in splits:
             raise ValueError(
-                f"`dataset_split` ({split!r}) must be one of {splits}, the splits of {name!r}."
+                f"`{split_option}` ({split!r}) must be one of {splits}, the splits of {name!r}."
             ) from error
         if "corresponds to no data" in str(error):
-            raise ValueError(_empty(name, split)) from error
+            raise ValueError(_empty(name, split, split_option)) from error
         raise ValueError(f"`dataset` ({name!r}) cannot be opened: {error.__cause__ or error}") from error
 
 
-def _empty(name: str, split: str) -> str:
-    return f"`dataset_split` ({split!r}) of {name!r} is empty: there is no image to train on."
+def _empty(name: str, split: str, split_option: str) -> str:
+    return f"`{split_option}` ({split!r}) of {name!r} is empty: there is no image in it."
 
 
 def _split_names(arguments: dict[str, Any]) -> list[str]:
@@ -199,24 +201,24 @@ def _split_names(arguments: dict[str, Any]) -> list[str]:
         return []
 
 
-def _open_saved(path: Path, split: str, streaming: bool) -> Any:
+def _open_saved(path: Path, split: str, split_option: str, streaming: bool) -> Any:
     import datasets
 
     table = datasets.load_from_disk(str(path))
     if not isinstance(table, datasets.DatasetDict):
         table = datasets.DatasetDict({str(table.split or "train"): table})
     if split not in table:
-        raise ValueError(f"`dataset_split` ({split!r}) must be one of {list(table)}, the splits in {str(path)!r}.")
+        raise ValueError(f"`{split_option}` ({split!r}) must be one of {list(table)}, the splits in {str(path)!r}.")
     return table[split].to_iterable_dataset() if streaming else table[split]
 
 
-def _sklearn_digits(split: str) -> "datasets.Dataset":
+def _sklearn_digits(split: str, split_option: str) -> "datasets.Dataset":
     import datasets
     from sklearn.datasets import load_digits
 
     splits = {"train": slice(0, 1500), "test": slice(1500, None)}
     if split not in splits:
-        raise ValueError(f"`dataset_split` ({split!r}) must be one of {list(splits)} for the digits.")
+        raise ValueError(f"`{split_option}` ({split!r}) must be one of {list(splits)} for the digits.")
     digits = load_digits()
     pixels = np.round(digits.images[splits[split]] * (255 / 16)).astype(np.uint8)  # sixteen grey levels
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(10)})

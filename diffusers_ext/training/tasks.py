@@ -36,6 +36,11 @@ from diffusers_ext.training.objectives import Objective, build_scheduler
 from diffusers_ext.training.process import ForwardProcess, exact_betas
 
 
+# What the upload of a run folder leaves out: what only resuming needs, and what tells about the machine.
+UNPUBLISHED = ["checkpoint-*", "abandoned-*", "unfinished-*", "latents/*", "posthoc_ema/*", "logs/*", "wandb/*"]
+UNPUBLISHED += ["config.json", ".*"]
+
+
 class Task:
     """A network to train, its data, and the loss of a batch.
 
@@ -113,17 +118,27 @@ class Task:
         """The complete pipeline around the trained network, if there is one."""
         raise NotImplementedError
 
-    def save(self, model: nn.Module, output_dir: Path) -> None:
-        """Write the trained pipeline, or network and scheduler, and a model card filled from the run."""
+    def save(self, model: nn.Module, output_dir: Path, steps: int, images_per_step: int) -> None:
+        """Write the trained pipeline, or network and scheduler, and a model card filled from the run.
+
+        Args:
+            model: the trained network.
+            output_dir: run folder.
+            steps: optimizer steps done.
+            images_per_step: of one of them, over all processes.
+        """
         pipeline = self.pipeline(model)
         if pipeline is None:
+            parts = {self.name: model}
             model.save_pretrained(output_dir / self.name)
             self.scheduler.save_pretrained(output_dir / "scheduler")
         else:
+            parts = pipeline.components
+            for part in parts.values():
+                forget_folder(part)
             pipeline.save_pretrained(output_dir)
-        parts = {} if pipeline is None else pipeline.components
         ours = {name: part for name, part in parts.items() if type(part).__module__.startswith("diffusers_ext.")}
-        write_training_card(output_dir, self.config, ours or {self.name: model}, pipeline)
+        write_training_card(output_dir, self.config, ours, pipeline, steps=steps, images_per_step=images_per_step)
 
     def create_repository(self) -> str:
         """Make the repository to publish to, if it is not there, and return its full name.
@@ -148,15 +163,7 @@ class Task:
             repo_id=repository,
             folder_path=output_dir,
             commit_message=f"Train {self.model_class.__name__} with diffusers_ext",
-            ignore_patterns=[
-                "checkpoint-*",
-                "abandoned-*",
-                "unfinished-*",
-                "latents/*",
-                "posthoc_ema/*",
-                "logs/*",
-                ".*",
-            ],
+            ignore_patterns=UNPUBLISHED,
         )
         return f"{api.endpoint}/{repository}"
 
@@ -173,12 +180,22 @@ class Task:
         return open_data(config, split, sample_size=size, channels=channels, **options)
 
     def _draw(self, pipeline: DiffusionPipeline, count: int, arguments: dict[str, Any], path: Path) -> None:
-        """A grid of `count` samples, each from a seed of its own, by DDIM, or Euler's method for a flow."""
+        """A grid of `count` samples, each from a seed of its own, by DDIM, or Euler's method for a flow.
+
+        Lists among `arguments` have an entry for each sample.
+        """
         if isinstance(pipeline.scheduler, DDPMScheduler):
             pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         pipeline.to(self.device).set_progress_bar_config(disable=True)
-        generators = [torch.Generator().manual_seed(self.config.seed + index) for index in range(count)]
-        images = pipeline(**arguments, generator=generators, output_type="pt").images
+        images = []
+        for start in range(0, count, self.config.train_batch_size):
+            rows = slice(start, min(start + self.config.train_batch_size, count))
+            generators = [
+                torch.Generator().manual_seed(self.config.seed + row) for row in range(rows.start, rows.stop)
+            ]
+            own = {name: value[rows] if isinstance(value, list) else value for name, value in arguments.items()}
+            images.append(pipeline(**own, generator=generators, output_type="pt").images.float().cpu())
+        images = torch.cat(images)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}")
         image_grid(images * 2 - 1).save(unfinished, format="png")
@@ -261,12 +278,23 @@ def load_network(name: str, components: tuple[str, ...]) -> ModelMixin:
     )
 
 
+def forget_folder(part: Any) -> None:
+    """Keep of the local folder that a component came from only its last name, for the config that is saved."""
+    config = getattr(part, "config", None)
+    folder = getattr(config, "_name_or_path", None)
+    if folder and Path(folder).exists():
+        if hasattr(part, "register_to_config"):
+            part.register_to_config(_name_or_path=Path(folder).name)
+        else:
+            config._name_or_path = Path(folder).name
+
+
 class UNetTask(Task):
     """Predict the noise of an image, or what it follows from, and with learned variance how certain each step is."""
 
     components = ("unet", "transformer")
 
-    def __init__(self, config: UNetTrainingConfig, device: torch.device | str = "cpu"):
+    def __init__(self, config: UNetTrainingConfig, device: torch.device | str = "cpu", dry_run: bool = False):
         super().__init__(config, device)
         if not 0 <= config.class_dropout_prob < 1 or (config.class_dropout_prob and not config.class_conditional):
             raise ValueError(
@@ -282,11 +310,14 @@ class UNetTask(Task):
             if self.pretrained is None and "cross_attention_dim" in inspect.signature(self.model_class).parameters:
                 self.model_options = {"cross_attention_dim": self.captions.dim} | self.model_options
             self.captions.check_network(self.model_class, self.model_options)
-        self.data = self._open_data(
-            config.dataset_split,
-            need_labels=config.class_conditional,
-            need_captions=config.caption_column is not None,
-        )
+        needs = {"need_labels": config.class_conditional, "need_captions": self.captions is not None}
+        if dry_run:  # without the latents, which take long to make, and the networks of further losses
+            size = self._option("sample_size")
+            channels = self._option("in_channels") if config.vae is None else 3
+            data_config = replace(config, vae=None)
+            self.data = open_data(data_config, config.dataset_split, sample_size=size, channels=channels, **needs)
+            return
+        self.data = self._open_data(config.dataset_split, **needs)
         self.vae = None if config.vae is None else AutoencoderKL.from_pretrained(config.vae)
         self.critics = Critics(
             config, channels=self._option("in_channels"), sample_size=self._option("sample_size"), device=self.device
@@ -303,11 +334,15 @@ class UNetTask(Task):
     def losses(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         x_start = batch.images if self.data.latents else to_unit_range(batch.images)
         conditions: dict[str, Any] = {}
+        # Images lose class and caption together, as guidance asks for the prediction without either.
+        chance = torch.rand(len(x_start))
         if self.config.class_conditional:
-            dropped = torch.rand(len(batch.labels), device=self.device) < self.config.class_dropout_prob
+            dropped = (chance < self.config.class_dropout_prob).to(self.device)
             conditions["class_labels"] = batch.labels.masked_fill(dropped, self.data.num_classes)
         if self.captions is not None:
-            conditions |= self.captions.conditions(batch.captions, self.config.caption_dropout_prob)
+            dropped = (chance < self.config.caption_dropout_prob).tolist()
+            captions = ["" if drop else caption for drop, caption in zip(dropped, batch.captions)]
+            conditions |= self.captions.conditions(captions)
         step = self.objective.step(lambda x_t, timesteps: model(x_t, timesteps, **conditions).sample, x_start)
         return {name: values.mean() for name, values in self.critics.losses(step, x_start).items()}
 
@@ -357,15 +392,19 @@ class ClassifierTask(Task):
     name = "classifier"
     components = ("classifier",)
 
-    def __init__(self, config: ClassifierTrainingConfig, device: torch.device | str = "cpu"):
+    def __init__(self, config: ClassifierTrainingConfig, device: torch.device | str = "cpu", dry_run: bool = False):
         super().__init__(config, device)
+        self.guided = None if config.unet is None else self._open_guided(config.unet)
         self.scheduler = build_scheduler(config)
         self.process = ForwardProcess(exact_betas(self.scheduler), self.device)
         self.data = self._open_data(config.dataset_split, need_labels=True)
         self.validation_data = self._open_data(
-            config.validation_split, need_labels=True, streaming=False, num_classes=self.data.num_classes
+            config.validation_split,
+            need_labels=True,
+            streaming=False,
+            num_classes=self.data.num_classes,
+            split_option="validation_split",
         )
-        self.guided = None if config.unet is None else DiffusionPipeline.from_pretrained(config.unet)
 
     def learned_options(self) -> dict[str, Any]:
         return {"num_classes": self.data.num_classes}
@@ -396,21 +435,45 @@ class ClassifierTask(Task):
         report.save(output_dir)
         pipeline = self.pipeline(model)
         if pipeline is not None:
-            arguments = {"class_labels": list(range(self.data.num_classes)), "num_inference_steps": 25}
-            self._draw(pipeline, self.data.num_classes, arguments, output_dir / "samples" / f"{step:07d}.png")
+            count = min(self.data.num_classes, self.config.validation_images, 64)
+            arguments = {"class_labels": list(range(count)), "num_inference_steps": 25}
+            self._draw(pipeline, count, arguments, output_dir / "samples" / f"{step:07d}.png")
         return report.metrics()
+
+    def _open_guided(self, name: str) -> DiffusionPipeline:
+        """The pipeline whose denoiser is to be guided."""
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(name)
+        except (OSError, ValueError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"`unet` ({name!r}) must be the folder or Hub name of a pipeline: {reason}") from error
+        network = pipeline.components.get("transformer") or pipeline.components.get("unet")
+        if network is None or pipeline.components.get("vae") is not None:
+            raise ValueError(
+                f"`unet` ({name!r}) is a {type(pipeline).__name__} without a network that draws images; a classifier "
+                "of images cannot guide it."
+            )
+        for option in ("sample_size", "in_channels"):
+            drawn, read = network.config[option], self._option(option)
+            if drawn != read:
+                raise ValueError(
+                    f"`unet` ({name!r}) has {option}={drawn}, but the classifier {read}: give `{option}` {drawn}, so "
+                    "that both see the same images."
+                )
+        return pipeline
 
     def pipeline(self, model: nn.Module) -> ClassifierGuidedPipeline | None:
         if self.guided is None:
             return None
         names, config = self.data.class_names, self.scheduler.config
-        keys = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
+        keys = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
+        keys += ("rescale_betas_zero_snr",)
         return ClassifierGuidedPipeline(
             unet=self.guided.components.get("transformer") or self.guided.unet,
             classifier=model,
             scheduler=self.guided.scheduler,
             id2label=None if names is None else dict(enumerate(names)),
-            classifier_schedule={key: config[key] for key in keys},
+            classifier_schedule={key: config[key] for key in keys if config[key] not in (None, False)},
         )
 
 

@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -23,6 +22,7 @@ from diffusers_ext.training.config import TrainingConfig
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
 LOGS = "logs"  # folder of the trackers in the run folder
+METRICS_PICTURE = "metrics.png"
 
 
 def trackers(report_to: str) -> list[str]:
@@ -129,9 +129,11 @@ class RunLog:
         self.accelerator.log(metrics | {"memory_gb": memory_in_use(self.accelerator.device) / 1e9}, step=step)
 
     def write_images(self, step: int) -> None:
-        """Send the pictures that a validation wrote, FOLDER/STEP.png and the like, to the trackers."""
-        for path in sorted(self.output_dir.glob(f"*/{step:07d}*.png")):
-            name, image = path.parent.name, Image.open(path).convert("RGB")
+        """Send the pictures that a validation wrote, FOLDER/STEP.png and NAME.png and the like, to the trackers."""
+        pictures = {path: path.parent.name for path in self.output_dir.glob(f"*/{step:07d}*.png")}
+        pictures |= {path: path.stem for path in self.output_dir.glob("[!.]*.png") if path.name != METRICS_PICTURE}
+        for path, name in sorted(pictures.items()):
+            image = Image.open(path).convert("RGB")
             for tracker in self.accelerator.trackers:
                 if tracker.name == "tensorboard":
                     tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
@@ -146,7 +148,7 @@ class RunLog:
         """Draw `metrics.png`, by the main process; without matplotlib there is none."""
         with contextlib.suppress(ImportError):
             if self.accelerator.is_main_process:
-                draw_metrics(self.path, self.output_dir / "metrics.png")
+                draw_metrics(self.path, self.output_dir / METRICS_PICTURE)
 
     def _gathered(self) -> dict[str, list[float]]:
         """Sums and counts over all processes."""
@@ -172,6 +174,12 @@ def memory_in_use(device: torch.device) -> int:
     """Largest memory of this process so far in bytes: allocated on a CUDA device, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil  # accelerate needs it
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
