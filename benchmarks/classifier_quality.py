@@ -187,8 +187,9 @@ def table(results: dict, options: Options) -> str:
         rows.append(f"| {' | '.join(cells)} |")
     told = (
         f"Each row: a checkpoint's raw weights, not averaged ones; {options.num_images} test images per noise level; "
-        f"{options.num_samples} samples per scale, DPM-Solver++ in {options.num_inference_steps} steps, seed {options.seed}, "
-        f"{options.dtype}; FD-pca64 against the test images. Level 1 is the cleanest eighth of the timesteps."
+        f"{options.num_samples} samples per scale, DPM-Solver++ in {options.num_inference_steps} steps, seed "
+        f"{options.seed}, {options.dtype}; FD-pca64 against the test images. Level 1 is the "
+        "cleanest eighth of the timesteps."
     )
     return "\n".join(rows) + f"\n\n{told}"
 

@@ -149,6 +149,8 @@ def _facts(output_dir: Path, config: TrainingConfig, steps: int, images_per_step
             metrics |= json.loads(line)
     losses = {name: value for name, value in metrics.items() if "loss" in name or name in ("mse", "vb")}
     rows |= {f"last {name}": f"{value:.4g}" for name, value in losses.items()}
+    if metrics.get("nonfinite_steps"):
+        rows["steps left out, as loss or gradient was not finite"] = f"{metrics['nonfinite_steps']:g}"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"| | |\n|---|---|\n{table}"
 

@@ -12,7 +12,6 @@ import yaml
 
 from diffusers_ext.evaluation.evaluate import EvaluateConfig
 from diffusers_ext.evaluation.sampling import SampleConfig
-from diffusers_ext.training.checkpoints import DiskFullError
 from diffusers_ext.training.config import (
     CLASSIFIER_PRESETS,
     UNET_PRESETS,
@@ -77,11 +76,14 @@ def main(args: list[str] | None = None) -> None:
         args: command line without the program's name; None takes that of the process.
     """
     args = sys.argv[1:] if args is None else args
+    name = " ".join(["diffusers-ext", *args[: 2 if args[:1] == ["train"] else 1]])
     try:
-        command = _parse(args)
-        _run(command)
-    except (ValueError, FloatingPointError, ImportError, DiskFullError) as error:
-        sys.exit(f"diffusers-ext {args[0] if args else ''}: {error}")
+        _run(_parse(args))
+    except (ValueError, FloatingPointError, ImportError, OSError) as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted. What is complete was kept; the same command goes on from there.", file=sys.stderr)
+        sys.exit(130)
 
 
 def _run(command: object) -> None:
@@ -128,7 +130,17 @@ def _parse(args: list[str]) -> object:
         if preset not in presets and preset is not None and typed.preset is None:
             raise ValueError(f"`preset` in {typed.config} is {preset!r}; it must be one of {', '.join(presets)}.")
         presets = {args[1]: presets.get(preset, presets["digits"])}
-        args = [*args[:2], *_as_arguments(in_file), *args[2:]]
+        from_file = _as_arguments(in_file)
+        try:
+            return _typed([*args[:2], *from_file, *args[2:]], presets)
+        except SystemExit as stopped:
+            if stopped.code and from_file:
+                print(f"The options of {typed.config}, as typed: {' '.join(from_file)}", file=sys.stderr)
+            raise
+    return _typed(args, presets)
+
+
+def _typed(args: list[str], presets: dict[str, TrainingConfig]) -> object:
     return tyro.cli(_commands(presets), prog="diffusers-ext", args=args, use_underscores=True)
 
 
@@ -157,8 +169,11 @@ def read_options(path: Path, config_class: type[TrainingConfig]) -> dict[str, An
     """
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise ValueError(f"`config` ({str(path)!r}) cannot be read as YAML: {error.problem}{line}.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"`config` ({str(path)!r}) cannot be read as YAML: {error}") from error
+        raise ValueError(f"`config` ({str(path)!r}) cannot be read: {error}") from error
     options = {} if options is None else options
     if not isinstance(options, dict):
         raise ValueError(

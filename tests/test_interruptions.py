@@ -190,22 +190,20 @@ def test_a_signal_ends_in_a_resumable_state(owner, name, call, step, number, tmp
 @pytest.mark.parametrize("first, second", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
 def test_signals_that_arrive_together_are_one(first, second, tmp_path, monkeypatch):
     """As when a scheduler signals all processes, and torchrun too passes it on to them."""
-    twice = raises(second, raises(first, UNetTask.losses, call=2), call=2)
-    monkeypatch.setattr(UNetTask, "losses", twice)
+    monkeypatch.setattr(UNetTask, "losses", raises(first, raises(second, UNetTask.losses, call=2), call=2))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the tests would end here if it fails
     try:
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as stopped:
             train(replace(TINY_UNET, output_dir=str(tmp_path)))
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert stopped.value.code == 128 + second
+    assert stopped.type is SystemExit and stopped.value.code == 128 + first
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
 def test_a_second_signal_acts_as_usual(monkeypatch):
     monkeypatch.setattr("diffusers_ext.training.interruptions.ONE_REQUEST", 0.05)
     with StopSignals(Accelerator(cpu=True)) as stop:
-        signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert stop.agreed() == signal.SIGINT
         time.sleep(0.1)

@@ -88,7 +88,6 @@ def two_processes(tmp_path_factory, root) -> Path:
     arguments = ["--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
     environment = {
         "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
         "PYTHONPATH": f"{root}{os.pathsep}{root}/tests",
     }
     done = subprocess.run(

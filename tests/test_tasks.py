@@ -54,6 +54,13 @@ def test_a_classifier_and_the_network_it_guides_must_fit(unet_run, tmp_path):
         ClassifierTask(replace(TINY_CLASSIFIER, unet=str(tmp_path / "nowhere")))
 
 
+@pytest.mark.parametrize("task, model", [(UNetTask, "adm-classifier/digits"), (ClassifierTask, "adm/digits")])
+def test_a_network_of_the_other_kind_is_refused(task, model):
+    config = UNET_PRESETS["digits"] if task is UNetTask else CLASSIFIER_PRESETS["digits"]
+    with pytest.raises(ValueError, match=f"`model` .'{model}'. is of the class .*`train unet` trains what removes"):
+        task(replace(config, model=model))
+
+
 @pytest.mark.parametrize("options", [{"beta_schedule": "sigmoid"}, {"rescale_betas_zero_snr": True}])
 def test_a_guided_pipeline_knows_the_noise_that_its_classifier_was_trained_on(options, unet_run, tmp_path):
     task = ClassifierTask(replace(TINY_CLASSIFIER, unet=unet_run, **options))

@@ -164,6 +164,8 @@ def drawing(
     if unknown:
         raise ValueError(f"`scheduler_options` holds {unknown[0]!r}, which {wanted.__name__} does not have.")
     try:
+        if config.scheduler is not None:
+            options = path_options(scheduler, wanted, config.scheduler) | options
         if config.scheduler is not None or options:
             pipe.scheduler = wanted.from_config(scheduler.config, **options)
         if torch.device(pipe.device).type == "cpu":
@@ -172,6 +174,29 @@ def drawing(
     finally:
         pipe.scheduler = scheduler
         torch.set_num_threads(threads)
+
+
+def path_options(own: SchedulerMixin, wanted: type[SchedulerMixin], name: str) -> dict[str, Any]:
+    """Options that let a class of schedulers follow the path that the model was trained on: noise or a flow.
+
+    Raises:
+        ValueError: when it cannot.
+    """
+    flow = "FlowMatch" in type(own).__name__ or own.config.get("prediction_type") == "flow_prediction"
+    if ("FlowMatch" in wanted.__name__) == flow:
+        return {}
+    if not flow:
+        raise ValueError(
+            f"`scheduler` ({name!r}) follows a flow, but the model was trained on a diffusion process "
+            f"({type(own).__name__}). Use ddim, dpmsolver++, unipc, euler, heun, ..."
+        )
+    if "use_flow_sigmas" not in inspect.signature(wanted.__init__).parameters:
+        raise ValueError(
+            f"`scheduler` ({name!r}) follows a diffusion process, but the model predicts the velocity of a flow "
+            f"({type(own).__name__}). Use flow-euler, flow-heun, dpmsolver++, deis, unipc or sa-solver."
+        )
+    shift = own.config.get("shift", own.config.get("flow_shift", 1.0))
+    return {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
 
 
 def call_arguments(pipe: DiffusionPipeline, config: DrawingOptions) -> dict[str, Any]:

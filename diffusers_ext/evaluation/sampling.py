@@ -151,8 +151,16 @@ def draw(
 
 
 def process_group(device: str) -> PartialState:
-    """Place of this process among those that `torchrun` or `accelerate launch` started."""
-    return PartialState(cpu=device == "cpu", timeout=timedelta(days=1))  # some processes may have more left to draw
+    """Place of this process among those that `torchrun` or `accelerate launch` started.
+
+    Raises:
+        ValueError: for a device that this machine does not have.
+    """
+    kind = device.partition(":")[0]
+    if kind not in ("auto", "cpu") and not (hasattr(torch, kind) and getattr(torch, kind).is_available()):
+        raise ValueError(f"`device` is {device!r}, which this machine does not have. Use 'auto' or 'cpu'.")
+    on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    return PartialState(cpu=on_cpu, timeout=timedelta(days=1))  # some processes may have more left to draw
 
 
 def manifest(

@@ -191,10 +191,11 @@ class UNetTrainingConfig(TrainingConfig):
     """what the network predicts: the noise, v of Salimans and Ho (2022), the clean image, or the velocity of a
     rectified flow (Liu et al., 2023)"""
     learned_variance: bool = True
-    """twice the output channels; the variance is trained by the variational bound"""
+    """twice the output channels; the variance is trained by the variational bound. `--no_learned_variance` leaves it
+    fixed, as flows need it"""
     loss_type: Literal["mse", "l1", "huber", "hybrid", "vlb"] | None = None
     """hybrid: squared error, and the bound for the variance (Nichol and Dhariwal, 2021); vlb: the whole bound; None:
-    hybrid with learned variance, else mse"""
+    hybrid with learned variance, else mse. With learned variance the others get the bound for the variance as well"""
     loss_reduction: Literal["mean", "sum"] = "mean"
     """over the pixels of an image; sum is that of Ho et al. (2020) as published by DDIM"""
     huber_c: float = 0.1

@@ -49,8 +49,8 @@ def _memory(config: TrainingConfig, model: torch.nn.Module, size: int) -> str:
         # With 16 bits nearly all of them are.
         "activations": activations // (1 if config.mixed_precision == "no" else 2),
     }
-    told = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value)
-    return f"about {sum(parts.values()) / 1e9:.2f} GB per process ({told}), and what the framework itself takes"
+    told = ", ".join(f"{name} {value / 1e6:,.0f}" for name, value in parts.items() if value)
+    return f"about {sum(parts.values()) / 1e6:,.0f} MB per process ({told}), and what the framework itself takes"
 
 
 def _steps(config: TrainingConfig, data: ImageData) -> str:

@@ -322,7 +322,8 @@ def _check_choice(name: str, value: Any, choices: tuple) -> None:
 def _check_flow(config, betas: dict[str, float]) -> None:
     if config.learned_variance:
         raise ValueError(
-            "`learned_variance` must be False for `prediction_type` 'flow_prediction': a flow has no variance."
+            "`learned_variance` must be False for `prediction_type` 'flow_prediction': a flow has no variance. Type "
+            "`--no_learned_variance`, if a preset sets it."
         )
     if config.flow_shift <= 0:
         raise ValueError(f"`flow_shift` ({config.flow_shift}) must be positive; 1 leaves the timesteps as they are.")

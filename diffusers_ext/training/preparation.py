@@ -28,6 +28,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else processes that `torchrun` starts there do not find each other
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=trackers(config.report_to) or None,

@@ -71,6 +71,15 @@ class Task:
         self.model_class = type(self.pretrained)
         self.model_options = {key: value for key, value in self.pretrained.config.items() if not key.startswith("_")}
 
+    def _check_class(self, option: str, kind: str) -> None:
+        if option not in inspect.signature(self.model_class).parameters:
+            config = self.config
+            name = config.pretrained_model_name_or_path or config.model
+            raise ValueError(
+                f"`model` ({name!r}) is of the class {self.model_class.__name__}, which is no {kind}. `train unet` "
+                "trains what removes noise, `train classifier` what recognises classes."
+            )
+
     def build_model(self, pretrained_weights: bool = True) -> ModelMixin:
         """The network, with random weights or those of the pretrained one.
 
@@ -296,6 +305,7 @@ class UNetTask(Task):
 
     def __init__(self, config: UNetTrainingConfig, device: torch.device | str = "cpu", dry_run: bool = False):
         super().__init__(config, device)
+        self._check_class("num_class_embeds", "denoiser")
         if not 0 <= config.class_dropout_prob < 1 or (config.class_dropout_prob and not config.class_conditional):
             raise ValueError(
                 f"`class_dropout_prob` ({config.class_dropout_prob}) must lie in [0, 1), and be 0 unless "
@@ -394,6 +404,7 @@ class ClassifierTask(Task):
 
     def __init__(self, config: ClassifierTrainingConfig, device: torch.device | str = "cpu", dry_run: bool = False):
         super().__init__(config, device)
+        self._check_class("num_classes", "classifier")
         self.guided = None if config.unet is None else self._open_guided(config.unet)
         self.scheduler = build_scheduler(config)
         self.process = ForwardProcess(exact_betas(self.scheduler), self.device)
