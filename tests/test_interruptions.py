@@ -214,8 +214,14 @@ def test_a_second_signal_acts_as_usual(monkeypatch):
 # Validations that fail
 
 
-@pytest.mark.parametrize("owner, name", [(ClassifierTask, "validate"), (RunLog, "write_images")])
-@pytest.mark.parametrize("call, step", [(1, 4), (2, 6)])
+@pytest.mark.parametrize(
+    "owner, name, call, step",
+    [
+        pytest.param(ClassifierTask, "validate", 1, 4, id="between two checkpoints"),
+        pytest.param(ClassifierTask, "validate", 2, 6, id="the last one, at a checkpoint"),
+        pytest.param(RunLog, "write_images", 1, 4, id="after its line is written"),
+    ],
+)
 def test_a_validation_that_fails_ends_in_a_resumable_state(owner, name, call, step, tmp_path, monkeypatch):
     config = replace(TINY_CLASSIFIER, resume_from_checkpoint="latest", checkpointing_steps=3)
     once, twice = (replace(config, output_dir=str(tmp_path / run)) for run in ("once", "twice"))

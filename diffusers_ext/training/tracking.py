@@ -200,7 +200,7 @@ def draw_metrics(source: Path, target: Path) -> None:
             for name in metrics.keys() - {"step", "images_per_second", "nonfinite_steps"}:
                 curves[name].append((metrics["step"], metrics[name]))
     alone = ("grad_norm", "learning_rate")
-    figure = Figure(figsize=(12, 3.6))
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
     for panel, names in zip(figure.subplots(1, 3), (sorted(curves.keys() - {*alone}), *([name] for name in alone))):
         for name in names:
             panel.plot(*zip(*curves[name]), label=name, marker="." if len(curves[name]) < 20 else None)
