@@ -66,6 +66,15 @@ def test_classifiers_of_one_training_are_compared(tmp_path):
     rows = [line for line in report.read_text().splitlines() if line.startswith("| ")][1:]
     assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 2"] and (tmp_path / "classifier_quality.png").exists()
 
+    for change in ({"num_samples": 5}, {"seed": 1}, {"model": "other"}):  # their figures cannot stand beside these
+        with pytest.raises(
+            ValueError, match=f"`{next(iter(change))}` is .*Remove the file or choose another `output`"
+        ):
+            classifier_quality.main(replace(options, **change))
+    classifier_quality.main(replace(options, guidance_scales=(2.0, 4.0), steps=(2,)))  # adds what is missing
+    rows = [line for line in report.read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 1 and rows[0].startswith("| 2 |")
+
 
 def test_memory_and_speed_of_a_training_step_are_ratios_to_float32(tmp_path):
     options = training_memory.Options(

@@ -355,3 +355,10 @@ def test_unreadable_metadata_are_left_alone(model, result):
     with pytest.raises(ValueError, match="metadata of .*README.md cannot be read"):
         write_results_to_card(model, result)
     assert (model / "README.md").read_text() == broken
+
+
+def test_another_number_of_samples_is_drawn_beside_the_first(config, tmp_path):
+    config = replace(config, metrics=("diversity",), write_card=False, output=str(tmp_path / "out"))
+    for count in (6, 12):
+        assert evaluate(replace(config, num_samples=count))["points"][0]["num_samples"] == count
+    assert len(list((tmp_path / "out" / "samples").iterdir())) == 2

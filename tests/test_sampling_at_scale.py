@@ -15,10 +15,18 @@ import torch
 from PIL import Image
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 
 from diffusers_ext import ADMClassifierModel, ADMUNet2DModel, ComposableUNet2DModel
-from diffusers_ext.evaluation.drawing import SCHEDULERS, open_pipeline, scheduler_class
+from diffusers_ext.evaluation.drawing import SCHEDULERS, drawing, open_pipeline, scheduler_class
 from diffusers_ext.evaluation.samples import SampleFolder, read_samples
 from diffusers_ext.evaluation.sampling import SampleConfig, sample
 from diffusers_ext.pipelines import ClassConditionalPipeline, ClassifierGuidedPipeline
@@ -264,6 +272,11 @@ def test_equal_options_in_other_words_go_on(config):
         ({"prompts": "nowhere.txt"}, r"`prompts` \('nowhere.txt'\) must be a text file"),
         ({"model": "/nowhere"}, r"`model` \('/nowhere'\) looks like a local folder, but there is none"),
         ({"eta": 0.5}, "`eta` is 0.5, which `scheduler` DDPMScheduler does not have"),
+        (
+            {"scheduler": "flow-euler"},
+            r"`scheduler` \('flow-euler'\) follows a flow, but the model was trained on",
+        ),
+        ({"device": "xpu:7"}, "`device` is 'xpu:7', which this machine does not have"),
     ],
 )
 def test_wrong_options_are_named(change, message, config):
@@ -282,6 +295,26 @@ def test_schedulers_by_name_draw_alike_in_batches_of_any_owner(scheduler, config
     for index in (1, 0):
         parts = sample(replace(config, output=str(tmp_path / "parts"), num_shards=2, shard_index=index))
     assert whole.read_bytes() == parts.read_bytes()
+
+
+def test_a_flow_is_followed_by_schedulers_that_can(tmp_path):
+    options = {"in_channels": 1, "out_channels": 1, "num_class_embeds": 3, **ADM}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    pipe = ClassConditionalPipeline(unet=ADMUNet2DModel(**options), scheduler=scheduler)
+    own = SampleConfig("", output="", scheduler="flow-euler")
+    with drawing(pipe, own):
+        assert pipe.scheduler.config.shift == 2.0
+    for name in ("dpmsolver++", "unipc", "deis", "sa-solver"):
+        with drawing(pipe, replace(own, scheduler=name)):
+            followed = pipe.scheduler.config
+            assert followed.use_flow_sigmas and followed.prediction_type == "flow_prediction"
+            assert followed.flow_shift == 2.0
+    with pytest.raises(ValueError, match=r"`scheduler` \('ddim'\) follows a diffusion process, but the model"):
+        with drawing(pipe, replace(own, scheduler="ddim")):
+            pass
+    path = save(pipe, tmp_path / "flow")
+    draw = {"num_samples": 2, "num_inference_steps": 4, "scheduler": "dpmsolver++", "device": "cpu"}
+    assert sample(SampleConfig(path, output=str(tmp_path / "out"), **draw)).exists()
 
 
 def test_every_short_name_is_a_scheduler():

@@ -54,6 +54,11 @@ def test_a_classifier_and_the_network_it_guides_must_fit(unet_run, tmp_path):
         ClassifierTask(replace(TINY_CLASSIFIER, unet=str(tmp_path / "nowhere")))
 
 
+def test_a_split_that_does_not_exist_is_named_by_its_own_option():
+    with pytest.raises(ValueError, match=r"`validation_split` \('valid'\) must be one of"):
+        ClassifierTask(replace(TINY_CLASSIFIER, validation_split="valid"))
+
+
 @pytest.mark.parametrize("task, model", [(UNetTask, "adm-classifier/digits"), (ClassifierTask, "adm/digits")])
 def test_a_network_of_the_other_kind_is_refused(task, model):
     config = UNET_PRESETS["digits"] if task is UNetTask else CLASSIFIER_PRESETS["digits"]

@@ -301,6 +301,13 @@ def test_a_damaged_checkpoint_is_passed_over(break_it, told, tmp_path, capsys):
         train(replace(config, resume_from_checkpoint="latest"))
 
 
+def test_fewer_steps_than_are_done_cannot_be_asked_for(tmp_path):
+    config = replace(TINY_CLASSIFIER, output_dir=str(tmp_path), resume_from_checkpoint="latest")
+    train(config)
+    with pytest.raises(ValueError, match=r"`max_train_steps` \(4\) is less than the 6 steps that checkpoint-6 has"):
+        train(replace(config, max_train_steps=4))
+
+
 def test_a_run_is_not_written_over(tmp_path):
     (tmp_path / "checkpoint-1000").mkdir()
     (tmp_path / "checkpoint-900").mkdir()

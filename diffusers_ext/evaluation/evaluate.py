@@ -5,10 +5,13 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from diffusers import DiffusionPipeline
 
 from diffusers_ext.evaluation.drawing import CALL_OPTIONS, DrawingOptions, drawing, open_pipeline
 from diffusers_ext.evaluation.estimates import Metric
@@ -30,7 +33,7 @@ from diffusers_ext.evaluation.report import (
     write_tables,
 )
 from diffusers_ext.evaluation.samples import read_samples, write_atomically
-from diffusers_ext.evaluation.sampling import SampleConfig, process_group, sample
+from diffusers_ext.evaluation.sampling import SampleConfig, manifest, process_group, sample
 from diffusers_ext.evaluation.sweep import point_name, sweep_points
 
 
@@ -90,9 +93,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     of_samples = [name for name in names if name not in OF_THE_MODEL]
     for settings, point in points if of_samples else ():
         if kind == "pipeline":
-            folder = output / "samples" / re.sub(r"[^\w=,.:+-]", "_", point_name(settings))
             if point.dtype != dtype:
                 pipe, dtype = open_pipeline(point).to(device), point.dtype
+            folder = output / "samples" / _folder_name(pipe, point, settings)
             shared = {field.name: getattr(point, field.name) for field in fields(DrawingOptions)}
             path = sample(SampleConfig(**shared, output=str(folder)), pipe)
         else:
@@ -100,10 +103,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         if not group.is_main_process:
             continue
         samples = read_samples(path)
-        metrics = _kept_metrics(folder, config, of_samples)
+        measured = replace(config, prompts=point.prompts)
+        metrics = _kept_metrics(folder, measured, of_samples)
         if metrics is None:
-            metrics = measure_samples(replace(config, prompts=point.prompts), of_samples, samples, references)
-            _keep_metrics(folder, config, of_samples, metrics)
+            metrics = measure_samples(measured, of_samples, samples, references)
+            _keep_metrics(folder, measured, of_samples, metrics)
         swept = {name: _value_told(name, value) for name, value in settings.items()}
         row = {"settings": _told(point) | swept, "swept": swept, "num_samples": len(samples)}
         result["points"].append(row | {"metrics": [metric.to_dict() for metric in metrics]})
@@ -125,6 +129,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
+def _folder_name(pipe: DiffusionPipeline, point: EvaluateConfig, settings: dict[str, Any]) -> str:
+    """Of the samples of a point: other weights or options make another folder, and equal ones find theirs again."""
+    with drawing(pipe, point) as (_, ids, prompts):
+        drawn_as = json.dumps(manifest(pipe, point, ids, prompts), sort_keys=True)
+    name = re.sub(r"[^\w=,.:+-]", "_", point_name(settings))
+    return "-".join(filter(None, (name, sha256(drawn_as.encode()).hexdigest()[:8])))
+
+
 def _kept_metrics(folder: Path | None, config: EvaluateConfig, names: Sequence[str]) -> list[Metric] | None:
     """Results of an earlier run, if it measured the same."""
     file = None if folder is None else folder / "metrics.json"
@@ -143,7 +155,7 @@ def _keep_metrics(folder: Path | None, config: EvaluateConfig, names: Sequence[s
 
 
 def _measuring_options(config: EvaluateConfig, names: Sequence[str]) -> dict[str, Any]:
-    drawn = {field.name for field in fields(DrawingOptions)} - {"seed"}
+    drawn = {field.name for field in fields(DrawingOptions)} - {"seed", "prompts"}
     kept = {"sweep", "output", "card", "write_card", "metrics", "bpd_images", "bpd_steps"} | drawn
     options = {key: value for key, value in asdict(config).items() if key not in kept}
     return json.loads(json.dumps(options | {"metrics": list(names)}))
@@ -157,5 +169,5 @@ def _told(point: EvaluateConfig) -> dict[str, Any]:
 
 
 def _value_told(name: str, value: Any) -> Any:
-    """Of a file the name alone: its folder is nobody's business."""
+    """Of a file the name alone, since its folder tells about the machine only."""
     return Path(value).name if name == "prompts" and value is not None else value

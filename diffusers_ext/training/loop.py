@@ -124,6 +124,11 @@ class Run:
         self.accelerator.register_for_checkpointing(state)
         if resume is not None:
             load_checkpoint(self.accelerator, resume)
+            if self.progress.step > self.steps:
+                raise ValueError(
+                    f"`max_train_steps` ({self.steps}) is less than the {self.progress.step} steps that {resume.name} "
+                    "has done; give at least as many, or resume from an earlier checkpoint."
+                )
         if self.posthoc is not None:
             self.posthoc.discard_later()
         self.log.start(self.progress.step)
