@@ -318,7 +318,11 @@ def test_a_flow_is_followed_by_schedulers_that_can(tmp_path):
 
 
 def test_every_short_name_is_a_scheduler():
-    assert all(scheduler_class(name).__name__ == SCHEDULERS[name] for name in SCHEDULERS)
+    for name in SCHEDULERS:
+        try:
+            assert scheduler_class(name).__name__ == SCHEDULERS[name]
+        except ImportError as error:
+            assert name == "dpmsolver-sde" and "pip install torchsde" in str(error)
 
 
 def guided(path):

@@ -137,6 +137,9 @@ def scheduler_class(name: str) -> type[SchedulerMixin]:
         ValueError: for an unknown name.
     """
     found = getattr(diffusers, SCHEDULERS.get(name, name), None)
+    backends = getattr(found, "_backends", ())  # of the stand-in for a class whose packages are missing
+    if "torchsde" in backends:
+        raise ImportError(f"`scheduler` ({name!r}) needs a package that is missing: pip install torchsde")
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         raise ValueError(
             f"`scheduler` ({name!r}) must be one of {', '.join(SCHEDULERS)}, or a class of diffusers, such as "

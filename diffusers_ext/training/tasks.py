@@ -47,6 +47,7 @@ class Task:
     Args:
         config: options.
         device: where batches will be.
+        dry_run: open only what tells the size of the run.
     """
 
     name: str  # of the component in a pipeline, and of its folder
