@@ -538,10 +538,10 @@ def test_steps_follow_the_seed_and_give_what_critics_need(options):
     order = steps[0].timesteps.argsort()
     assert (steps[0].signal_share[order].diff() <= 0).all()
     torch.manual_seed(3)
-    assert torch.equal(objective.losses(predict, x_start)["loss"], steps[0].losses["loss"])
+    assert torch.equal(objective.step(predict, x_start).losses["loss"], steps[0].losses["loss"])
 
 
 def test_a_network_of_other_channels_is_refused():
     objective = Objective(UNetTrainingConfig())
     with pytest.raises(ValueError, match="output has 1 channels instead of 2"):
-        objective.losses(lambda x_t, timesteps: x_t, torch.zeros(1, 1, 8, 8))
+        objective.step(lambda x_t, timesteps: x_t, torch.zeros(1, 1, 8, 8))

@@ -113,12 +113,6 @@ class Objective:
         predicted_start = self.process.predict_start(x_t, prediction, timesteps, config.prediction_type)
         return DenoisingStep(losses, predicted_start, self.process.signal_share(timesteps), timesteps)
 
-    def losses(
-        self, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x_start: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """The losses `(B,)` of `step`."""
-        return self.step(predict, x_start).losses
-
     def state_dict(self) -> dict[str, Any]:
         """What importance sampling has learned about the timesteps; empty for the other samplers."""
         return self.sampler.state_dict()
