@@ -384,18 +384,23 @@ def test_averages_of_any_width_are_made_afterwards(train_until, tmp_path):
         torch.testing.assert_close(dict(loaded.state_dict()), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_wider_averages_follow_a_drift_from_further_behind(tmp_path):
+@pytest.mark.parametrize("steps", [12, 100])
+def test_averages_of_any_width_are_means(steps, tmp_path):
+    """Of weights that drift, a wider average follows from further behind; of constant ones, every width is equal."""
     pytest.importorskip("ema_pytorch")
-    sigma_rels = (0.05, 0.075, 0.1, 0.15)
+    sigma_rels = (0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.27)
     network = torch.nn.Linear(2, 2)
-    averages = PosthocAverages(network, sigma_rels, tmp_path / "snapshots", Accelerator(cpu=True))
-    for step in range(60):
-        torch.nn.init.constant_(network.weight, step / 60)
+    averages = PosthocAverages(network, sigma_rels, tmp_path / "snapshots", Accelerator(cpu=True), steps)
+    torch.nn.init.constant_(network.bias, 3.0)
+    for step in range(1, steps + 1):
+        torch.nn.init.constant_(network.weight, step / steps)
         averages.step()
-        if step % 10 == 9:
-            averages.snapshot()
-    means = [averages.synthesized(sigma_rel).weight.mean().item() for sigma_rel in sigma_rels]
-    assert 0.98 > means[0] > means[1] > means[2] > means[3] > 0.7
+        averages.snapshot(step)
+    networks = [averages.synthesized(sigma_rel) for sigma_rel in sigma_rels]
+    for synthesized in networks:
+        torch.testing.assert_close(synthesized.bias, torch.full((2,), 3.0), rtol=1e-3, atol=0, check_stride=False)
+    means = [synthesized.weight.mean().item() for synthesized in networks]
+    assert means == sorted(means, reverse=True) and 1 > means[0] > means[-1] > 0.5
 
 
 # Precision, memory, schedule

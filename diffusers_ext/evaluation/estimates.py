@@ -74,7 +74,7 @@ class Estimate:
     value: float
     num_samples: int
     num_reference: int | None = None
-    influences: tuple[np.ndarray, ...] = ()
+    influences: tuple[np.ndarray, ...] = field(default=(), repr=False)
     details: dict[str, Any] = field(default_factory=dict)
     note: str | None = None
     limits: tuple[float, float] = (-math.inf, math.inf)

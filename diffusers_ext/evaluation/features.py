@@ -66,7 +66,8 @@ class PixelPCA(FeatureExtractor):
         if not 1 <= components <= min(rows.shape):
             raise ValueError(
                 f"`features` pca{components}: {rows.shape[0]} reference images of {rows.shape[1]} values have between "
-                f"1 and {min(rows.shape)} principal components. Take fewer, or more images."
+                f"1 and {min(rows.shape)} principal components. Take fewer, as in "
+                f"pca{max(1, min(rows.shape) // 2)}, or more images."
             )
         super().__init__(f"pca{components}", components, f"pca{components}")
         pca = PCA(components, random_state=0).fit(rows)

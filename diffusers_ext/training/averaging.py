@@ -16,6 +16,7 @@ from diffusers.training_utils import EMAModel
 
 # Widths that are kept during the training, from which others follow (Karras et al., 2024, Sec. 3.2).
 KEPT_SIGMA_RELS = (0.05, 0.10)
+SNAPSHOTS = 32  # of each during a run; fewer cannot be combined to wide averages
 
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
@@ -123,15 +124,18 @@ class PosthocAverages:
     Args:
         model: the network, before it is wrapped.
         sigma_rels: wanted widths, as a share of the training's length, in (0, 0.28).
-        folder: for the snapshots, `INDEX.STEP.pt` in float32, two for each checkpoint.
+        folder: for the snapshots, `INDEX.STEP.pt` in float32, two of them about 32 times during the run.
         accelerator: snapshots are written by its main process.
+        steps: optimizer steps of the run.
 
     Raises:
         ImportError: without ema-pytorch.
         ValueError: for a width outside that range, and for a network that is to be sharded.
     """
 
-    def __init__(self, model: nn.Module, sigma_rels: tuple[float, ...], folder: Path, accelerator: Accelerator):
+    def __init__(
+        self, model: nn.Module, sigma_rels: tuple[float, ...], folder: Path, accelerator: Accelerator, steps: int
+    ):
         try:
             from ema_pytorch import PostHocEMA
         except ImportError as error:
@@ -143,6 +147,7 @@ class PosthocAverages:
         if accelerator.distributed_type in SHARDING:
             raise ValueError("`posthoc_ema_sigma_rels` works with whole networks only, not with FSDP or DeepSpeed.")
         self.sigma_rels, self.folder, self.is_main_process = sigma_rels, folder, accelerator.is_main_process
+        self.steps, self.interval = steps, max(1, steps // SNAPSHOTS)
         self.averages = PostHocEMA(
             model,
             sigma_rels=KEPT_SIGMA_RELS,
@@ -155,8 +160,9 @@ class PosthocAverages:
     def step(self) -> None:
         self.averages.update()
 
-    def snapshot(self) -> None:
-        if self.is_main_process:
+    def snapshot(self, step: int) -> None:
+        """Write one when it is time for it at this step."""
+        if self.is_main_process and (step % self.interval == 0 or step == self.steps):
             self.averages.checkpoint()
 
     def discard_later(self) -> None:
@@ -168,8 +174,24 @@ class PosthocAverages:
 
     @torch.no_grad()
     def synthesized(self, sigma_rel: float) -> nn.Module:
-        """The network averaged with a width."""
-        return self.averages.synthesize_ema_model(sigma_rel=sigma_rel).ema_model
+        """The network averaged with a width.
+
+        The snapshots are combined by least squares (Karras et al., Alg. 3), whose coefficients sum to one only nearly;
+        so the result is divided by their sum.
+        """
+        network = self.averages.synthesize_ema_model(sigma_rel=sigma_rel).ema_model
+        total = self._sum_of_coefficients(sigma_rel)
+        for parameter in network.parameters():
+            parameter /= total
+        return network
+
+    def _sum_of_coefficients(self, sigma_rel: float) -> float:
+        from ema_pytorch.post_hoc_ema import sigma_rel_to_gamma, solve_weights
+
+        indices, steps = zip(*(map(int, path.stem.split(".")) for path in self.folder.glob("*.pt")))
+        gammas = torch.tensor([self.averages.gammas[index] for index in indices])
+        wanted = torch.tensor([max(steps)]), torch.tensor([sigma_rel_to_gamma(sigma_rel)])
+        return solve_weights(torch.tensor(steps), gammas, *wanted).sum().item()
 
     def state_dict(self) -> dict[str, Any]:
         return self.averages.state_dict()

@@ -112,7 +112,7 @@ class TrainingConfig:
     """warm-up: decay at step n is min(ema_decay, 1 - (1 + n) ** -ema_power)"""
     posthoc_ema_sigma_rels: tuple[float, ...] = ()
     """relative widths of averages made after the training (Karras et al., 2024, Sec. 3.2), saved as variants; by
-    ema-pytorch: `pip install "diffusers_ext[posthoc-ema]"`"""
+    ema-pytorch: `pip install "diffusers_ext[posthoc-ema]"`. The run folder keeps 64 copies of the weights for it"""
 
     checkpointing_steps: int = 500
     """optimizer steps between checkpoints"""

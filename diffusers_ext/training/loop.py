@@ -110,7 +110,9 @@ class Run:
         self.posthoc = None
         if config.posthoc_ema_sigma_rels:
             folder = self.output_dir / "posthoc_ema"
-            self.posthoc = PosthocAverages(network, config.posthoc_ema_sigma_rels, folder, self.accelerator)
+            self.posthoc = PosthocAverages(
+                network, config.posthoc_ema_sigma_rels, folder, self.accelerator, self.steps
+            )
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         decays = config.ema_decay if config.use_ema else ()
         self.averages = Averages(self.model.parameters(), decays, config.ema_power)
@@ -192,9 +194,9 @@ class Run:
             skipped = {"nonfinite_steps": self.guard.skipped} if config.on_nonfinite == "skip" else {}
             self.log.write_means(step, learning_rate=self.optimizer.param_groups[0]["lr"], **skipped)
         self.progress.validation_due = step % self.validation_steps == 0 or last
+        if self.posthoc is not None:
+            self.posthoc.snapshot(step)
         if step % config.checkpointing_steps == 0 or last:
-            if self.posthoc is not None:
-                self.posthoc.snapshot()
             self.save_checkpoint()
         if self.progress.validation_due:
             self.validate(stop)

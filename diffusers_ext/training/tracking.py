@@ -205,7 +205,8 @@ def draw_metrics(source: Path, target: Path) -> None:
         for name in names:
             panel.plot(*zip(*curves[name]), label=name, marker="." if len(curves[name]) < 20 else None)
         panel.set_xlabel("step")
-        panel.legend()
+        if names and curves:
+            panel.legend()
     temporary = target.with_name(f".{target.name}")
     figure.savefig(temporary, format="png", dpi=90)
     temporary.replace(target)
