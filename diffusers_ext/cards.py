@@ -10,13 +10,23 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from diffusers_ext.training.config import CLASSIFIER_PRESETS, UNET_PRESETS, TrainingConfig, UNetTrainingConfig
+from diffusers_ext.training.config import (
+    CLASSIFIER_PRESETS,
+    UNET_PRESETS,
+    TrainingConfig,
+    UNetTrainingConfig,
+    as_arguments,
+)
 
 
 LIMITS = """## Limits
 
 This card was written by the training run; nobody has judged the images yet. `diffusers-ext evaluate` adds measured
 results. The model knows its data only, with their biases."""
+
+
+# Options that are told otherwise, or that another run would choose for itself.
+UNTOLD = ("preset", "config", "dry_run", "output_dir", "resume_from_checkpoint")
 
 
 def write_training_card(
@@ -83,14 +93,9 @@ def training_command(config: TrainingConfig) -> str:
     words += ["--preset", config.preset]
     for field in fields(config):
         value = getattr(config, field.name)
-        if value == getattr(preset, field.name) or field.name in ("preset", "config", "dry_run", "output_dir"):
+        if value == getattr(preset, field.name) or field.name in UNTOLD:
             continue
-        if isinstance(value, bool):
-            words.append(f"--{field.name}" if value else f"--no_{field.name}")
-        elif isinstance(value, tuple):
-            words += [f"--{field.name}", *map(str, value)]
-        elif field.name != "resume_from_checkpoint":
-            words += [f"--{field.name}", _local_name(str(value))]
+        words += as_arguments({field.name: _local_name(value) if isinstance(value, str) else value})
     return shlex.join(words)
 
 

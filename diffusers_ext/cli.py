@@ -18,6 +18,7 @@ from diffusers_ext.training.config import (
     ClassifierTrainingConfig,
     TrainingConfig,
     UNetTrainingConfig,
+    as_arguments,
 )
 
 
@@ -130,7 +131,7 @@ def _parse(args: list[str]) -> object:
         if preset not in presets and preset is not None and typed.preset is None:
             raise ValueError(f"`preset` in {typed.config} is {preset!r}; it must be one of {', '.join(presets)}.")
         presets = {args[1]: presets.get(preset, presets["digits"])}
-        from_file = _as_arguments(in_file)
+        from_file = as_arguments(in_file)  # so that they are checked like typed ones
         try:
             return _typed([*args[:2], *from_file, *args[2:]], presets)
         except SystemExit as stopped:
@@ -186,17 +187,6 @@ def read_options(path: Path, config_class: type[TrainingConfig]) -> dict[str, An
             hint = f" Did you mean {near[0]!r}?" if near else " `--help` lists them."
             raise ValueError(f"`config` ({str(path)!r}) holds {name!r}, which is no option of this training.{hint}")
     return {name: value for name, value in options.items() if name not in ("config", "dry_run")}
-
-
-def _as_arguments(options: dict[str, Any]) -> list[str]:
-    """Options as they would be typed, so that those of a file are checked like typed ones."""
-    arguments = []
-    for name, value in options.items():
-        if isinstance(value, bool):
-            arguments.append(f"--{name}" if value else f"--no_{name}")
-        else:
-            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return arguments
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What is to be drawn, and whether a pipeline can draw it: options, scheduler, class labels, prompts."""
 
 import inspect
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 
 import diffusers_ext  # noqa: F401  for `DiffusionPipeline` to find our classes
 from diffusers_ext.sampling import ClassNames, num_classes
+from diffusers_ext.training.config import named_values
 
 
 SCHEDULERS = {
@@ -291,17 +291,3 @@ def prompt_lines(file: str) -> list[str]:
     if not lines:
         raise ValueError(f"`prompts` ({file!r}) is empty.")
     return lines
-
-
-def named_values(option: str, pairs: tuple[str, ...]) -> dict[str, Any]:
-    """`("a=1", "b=text")` -> `{"a": 1, "b": "text"}`."""
-    values = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals):
-            raise ValueError(f"`{option}` holds {pair!r}; write name=value, with the value in JSON.")
-        try:
-            values[name] = json.loads(value)
-        except json.JSONDecodeError:
-            values[name] = value
-    return values

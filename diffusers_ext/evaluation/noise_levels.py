@@ -147,7 +147,6 @@ class NoiseLevelReport:
         """Write `noise_levels.json`, `noise_levels.md` and `noise_levels.png` into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "noise_levels.json"
         for name, text in (
             ("noise_levels.json", json.dumps(self.to_dict(), indent=2)),
             ("noise_levels.md", self.table()),

@@ -27,10 +27,10 @@ from diffusers_ext.evaluation.drawing import (
     DrawingOptions,
     check_options,
     drawing,
-    named_values,
     open_pipeline,
 )
 from diffusers_ext.evaluation.samples import SampleFolder, describe_shards
+from diffusers_ext.training.config import named_values
 
 
 @dataclass(frozen=True, kw_only=True)

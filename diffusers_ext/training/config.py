@@ -1,7 +1,8 @@
 """Options of a training run: one frozen dataclass per task; presets are instances of it."""
 
+import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 # Options, what their values must be, and whether a value is that.
@@ -322,3 +323,28 @@ CLASSIFIER_PRESETS = {
         **_MNIST,
     ),
 }
+
+
+def named_values(option: str, pairs: tuple[str, ...]) -> dict[str, Any]:
+    """`("a=1", "b=text")` -> `{"a": 1, "b": "text"}`."""
+    values = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise ValueError(f"`{option}` holds {pair!r}; write name=value, with the value in JSON.")
+        try:
+            values[name] = json.loads(value)
+        except json.JSONDecodeError:
+            values[name] = value
+    return values
+
+
+def as_arguments(options: dict[str, Any]) -> list[str]:
+    """Options as they would be typed."""
+    arguments = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            arguments.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return arguments

@@ -1,7 +1,6 @@
 """The tasks: each builds its network, opens its data, and turns a batch into a loss. The loop knows nothing else."""
 
 import inspect
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from diffusers_ext.evaluation.noise_levels import accuracy_by_noise_level
 from diffusers_ext.models import PRESETS
 from diffusers_ext.pipelines import ClassConditionalPipeline, ClassifierGuidedPipeline
 from diffusers_ext.training.captions import CaptionEncoder
-from diffusers_ext.training.config import ClassifierTrainingConfig, TrainingConfig, UNetTrainingConfig
+from diffusers_ext.training.config import ClassifierTrainingConfig, TrainingConfig, UNetTrainingConfig, named_values
 from diffusers_ext.training.critics import Critics
 from diffusers_ext.training.data import Batch, ImageData, open_data
 from diffusers_ext.training.objectives import Objective, build_scheduler
@@ -247,15 +246,7 @@ def network(config: TrainingConfig) -> tuple[type[ModelMixin], dict[str, Any]]:
     if config.model not in PRESETS:
         raise ValueError(f"`model` ({config.model!r}) is unknown. Valid: {', '.join(PRESETS)}.")
     model_class, options = PRESETS[config.model]
-    given = given_options(config)
-    for item in config.model_options:
-        name, separator, value = item.partition("=")
-        try:
-            given[name] = json.loads(value)
-        except json.JSONDecodeError:
-            given[name] = value  # a word needs no quotation marks
-        if not separator:
-            raise ValueError(f"`model_options` holds {item!r}; write name=value.")
+    given = given_options(config) | named_values("model_options", config.model_options)
     valid = inspect.signature(model_class).parameters
     unknown = [name for name in given if name not in valid]
     if unknown:
