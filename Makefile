@@ -3,6 +3,8 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/installed
+# Beside the environment: torchao prints a line wherever it is found.
+TORCHAO := .venv/torchao
 
 # More threads gain little on networks this small, and on a busy machine they wait for each other.
 export OMP_NUM_THREADS ?= 1
@@ -12,8 +14,9 @@ export OMP_NUM_THREADS ?= 1
 sample: $(READY)
 	$(BIN)/python benchmarks/sample_grid.py
 
-test: $(READY)
+test: $(READY) $(TORCHAO)
 	$(BIN)/python -m pytest --quiet --numprocesses $(WORKERS)
+	PYTHONPATH=$(TORCHAO) $(BIN)/python -m pytest --quiet -k torchao tests/test_interoperability.py
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest --quiet --numprocesses $(WORKERS) -m slow --timeout 3600
@@ -31,4 +34,9 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing diffusers_ext into .venv (a few minutes the first time) ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+$(TORCHAO): $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --constraint constraints.txt \
+		--upgrade --target $@ torchao
 	@touch $@

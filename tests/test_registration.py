@@ -1,12 +1,7 @@
 """Loading by name through diffusers; what users do is proven in processes that import everything anew."""
 
 import copy
-import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
@@ -122,54 +117,10 @@ def test_readme_quotes_the_errors_without_the_import(root, folder, fresh_python)
         assert error in readme
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as a download needs: one repository, `org/repo`, with the files of `folder`."""
-
-    folder: Path
-    commit = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_GET(self):
-        path = unquote(urlsplit(self.path).path)
-        files = [file for file in self.folder.rglob("*") if file.is_file()]
-        names = [file.relative_to(self.folder).as_posix() for file in files]
-        if path.startswith("/api/models/org/repo/tree/"):
-            sizes = [file.stat().st_size for file in files]
-            entries = zip(names, sizes, strict=True)
-            self.reply([{"type": "file", "path": name, "size": size, "oid": name} for name, size in entries])
-        elif path.startswith("/api/models/org/repo"):
-            siblings = [{"rfilename": name} for name in names]
-            self.reply({"_id": "0", "id": "org/repo", "sha": self.commit, "siblings": siblings})
-        else:
-            name = path.split("/", 5)[-1]
-            self.reply((self.folder / name).read_bytes() if name in names else None)
-
-    do_HEAD = do_GET
-
-    def reply(self, content: bytes | list | dict | None):
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(404 if content is None else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Type", "application/json")
-        self.send_header("X-Repo-Commit", self.commit)
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def hub(folder):
-    """Address of a Hub on this machine."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubOfFolder", (Hub,), {"folder": folder}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
 def test_pipeline_loads_from_the_hub_and_then_offline(folder, hub, tmp_path, fresh_python):
+    hub.create("org/repo")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pt"]
+    hub.write("org/repo", {path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
     code = f"""{IMPORTS}
 import diffusers_ext
 pipe = DiffusionPipeline.from_pretrained("org/repo")
@@ -177,9 +128,11 @@ assert type(pipe) is diffusers_ext.ClassifierGuidedPipeline
 assert type(AutoModel.from_pretrained("org/repo", subfolder="unet")) is diffusers_ext.ADMUNet2DModel
 np.testing.assert_allclose({SAMPLE}, torch.load({str(folder / "images.pt")!r}).numpy(), atol=1e-4)
 """
-    environment = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-    fresh_python(code, tmp_path, **environment, HF_HUB_OFFLINE="0")
-    fresh_python(code, tmp_path, **environment, HF_HUB_OFFLINE="1")
+    fresh_python(code, tmp_path, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
+    assert any("/download/org/repo/" in path and path.endswith(".safetensors") for _, path, _ in hub.log)
+    hub.clear_log()
+    fresh_python(code, tmp_path, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert hub.log == []
 
 
 def test_a_moved_table_leaves_local_loading_working(folder, tmp_path, fresh_python):
