@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers import DDPMScheduler
@@ -55,9 +56,9 @@ def test_command_writes_a_pipeline_that_draws(checkpoints, tmp_path, monkeypatch
     code = card.partition("```python\n")[2].partition("```")[0]
     assert code.startswith("import diffusers_ext")
     assert "`unet.pt`, a UNet of [guided-diffusion]" in card and "`classifier.safetensors`" in card
-    assert "license" not in card  # nobody stated one
+    assert "\nlicense:" not in card and "**No licence of the weights is stated**" in card
 
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(output)
     namespace = {}
     exec(code.replace("num_inference_steps=1000", "num_inference_steps=4"), namespace)
     pipe = namespace["pipe"]
@@ -76,10 +77,10 @@ def test_card_of_every_kind_of_unet_runs(config, checkpoints, tmp_path, monkeypa
     arguments = checkpoints(classifier=False, process={"diffusion_steps": 40}, **config)
     convert_checkpoint(**arguments)
     code = (tmp_path / "out" / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
-    code = code.replace("PIL.Image.open(path)", "PIL.Image.new('RGB', (4, 4))").replace("steps=40", "steps=2")
-    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "out" / "small.png")
+    monkeypatch.chdir(tmp_path / "out")
     namespace = {}
-    exec(f"import PIL.Image\n{code}", namespace)
+    exec(code.replace("steps=40", "steps=2"), namespace)
     assert len(namespace["images"]) == 1
 
 

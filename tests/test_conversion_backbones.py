@@ -298,7 +298,7 @@ def test_command_writes_a_pipeline_whose_card_runs(architecture, checkpoint, vae
     card = (tmp_path / "out" / "README.md").read_text()
     assert "`weights.pt`, a" in card and str(tmp_path) not in card
     code = card.partition("```python\n")[2].partition("```")[0].replace("steps=1000", "steps=2")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path / "out")
     namespace = {}
     exec(code, namespace)
     pipe, images = namespace["pipe"], namespace["images"]
@@ -322,7 +322,7 @@ def test_card_of_a_released_checkpoint(checkpoint, tmp_path, monkeypatch):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: cc-by-nc-4.0\n" in card and "https://github.com/facebookresearch/DiT" in card
     assert "[`DiT-XL-2-256x256.pt`](https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt)" in card
-    assert "(class_labels=[0], guidance_scale=4.0, guided_channels=3, num_inference_steps=250)" in card
+    assert "(class_labels=[0], guidance_scale=4.0, guided_channels=3, num_inference_steps=250, output_type=" in card
     assert "| latents | 8 px |" in card
     assert DiffusionPipeline.from_pretrained(tmp_path / "out").vae is None
 

@@ -6,9 +6,13 @@ import tempfile
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
+from diffusers.utils import logging
 
+from diffusers_ext.cards.card import compose, licence_name, save_card
+from diffusers_ext.cards.folder import read_folder
 from diffusers_ext.conversion.original import complete_flags, load_original, presets, to_scheduler_config
 from diffusers_ext.conversion.presets import Preset
+from diffusers_ext.hub.loading import open_folder
 from diffusers_ext.models.transformer_dit_gqa import GQADiTTransformer2DModel
 from diffusers_ext.models.unet_adm import ADMClassifierModel, ADMUNet2DModel
 from diffusers_ext.pipelines.pipeline_class_conditional import ClassConditionalPipeline
@@ -16,6 +20,9 @@ from diffusers_ext.pipelines.pipeline_classifier_guided import ClassifierGuidedP
 
 
 Pipeline = ClassifierGuidedPipeline | ClassConditionalPipeline
+logger = logging.get_logger(__name__)
+
+_INTENDED = "blob/main/model-card.md"
 
 # Repository of each codebase, what its networks are, and the paper.
 _ORIGINS = {
@@ -41,31 +48,6 @@ _ORIGINS = {
         "[Denoising Diffusion Probabilistic Models](https://arxiv.org/abs/2006.11239)",
     ),
 }
-_CARD = """\
----
-{licence}library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags:
-- diffusers_ext
-- {codebase}
----
-
-# {name}
-
-{origin}, converted by diffusers_ext.
-
-```python
-import diffusers_ext
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{name}")
-images = pipe({arguments}).images
-```
-
-| | |
-|---|---|
-{facts}
-"""
 
 
 def convert_checkpoint(
@@ -77,6 +59,8 @@ def convert_checkpoint(
     classifier_preset: str | None = None,
     vae: str | os.PathLike | None = None,
     labels: str | os.PathLike | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write original checkpoints as a pipeline folder of diffusers.
@@ -99,6 +83,9 @@ def convert_checkpoint(
             stabilityai/sd-vae-ft-mse for DiT. Without it the pipeline draws latents.
         labels: names of the classes: a text file with one per line, or a `.json` file with a list, or with an object
             from id to name.
+        license: of the weights, by its Hub identifier such as `cc-by-nc-4.0`; None: that of the released checkpoint.
+            The card says so where it is known for neither, and cannot be published then.
+        base_model: where the weights come from: a name on the Hub, or an address.
         overwrite: replace `output` if it is not empty.
 
     Returns:
@@ -117,7 +104,9 @@ def convert_checkpoint(
         raise ValueError(
             f"`classifier` is {classifier}, `classifier_preset` is {classifier_preset}: give both of them, or neither."
         )
+    license = licence_name(license)
     run = _read_preset(preset, "guided-diffusion/unet")
+    guide_run = None if classifier is None else _read_preset(classifier_preset, "guided-diffusion/classifier")
     model = load_original(source, run.architecture, config=run.flags)
     if isinstance(model, ADMClassifierModel):
         raise ValueError(f"`preset` ({preset}) is a classifier; give it as `classifier_preset`, and a UNet here.")
@@ -126,7 +115,7 @@ def convert_checkpoint(
     if isinstance(model, ADMUNet2DModel):
         if vae is not None:
             raise ValueError(f"`vae` ({vae}) was given, but {run.architecture!r} knows images, not latents.")
-        pipeline = _classifier_guided(model, scheduler, classifier, classifier_preset, labels)
+        pipeline = _classifier_guided(model, scheduler, classifier, guide_run, labels)
     else:
         if classifier is not None:
             raise ValueError(
@@ -139,7 +128,15 @@ def convert_checkpoint(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".writing-") as temporary:
         folder = Path(temporary) / "new"
         pipeline.save_pretrained(folder)
-        (folder / "README.md").write_text(_card(output.name, pipeline, run, Path(source).name, classifier, vae))
+        parts = {"classifier": classifier, "vae": vae}
+        if license is None and (guide_run is None or guide_run.licence == run.licence):
+            license = run.licence
+        if license is None:
+            logger.warning(
+                "The licence of these weights is not known, so they cannot be pushed. When you know it, record it: "
+                f"`diffusers-ext card {output} --license ... --base_model ...`."
+            )
+        _write_card(folder, output.name, pipeline, run, Path(source).name, parts, license, base_model)
         if output.exists():
             os.replace(output, Path(temporary) / "old")
         os.replace(folder, output)
@@ -162,12 +159,11 @@ def _classifier_guided(
     unet: ADMUNet2DModel,
     scheduler: DDPMScheduler,
     classifier: str | os.PathLike | None,
-    classifier_preset: str | None,
+    guide_run: Preset | None,
     labels: str | os.PathLike | None,
 ) -> ClassifierGuidedPipeline:
     guide, classifier_schedule = None, None
     if classifier is not None:
-        guide_run = _read_preset(classifier_preset, "guided-diffusion/classifier")
         guide = load_original(classifier, guide_run.architecture, config=guide_run.flags)
         _check_classifier(guide, unet)
         # Kept apart from the scheduler, which may be exchanged for one of another process.
@@ -188,7 +184,7 @@ def _class_conditional(
 ) -> ClassConditionalPipeline:
     autoencoder = None
     if vae is not None:
-        autoencoder = AutoencoderKL.from_pretrained(vae)
+        autoencoder = AutoencoderKL.from_pretrained(open_folder(vae, argument="vae"), use_safetensors=True)
         channels = autoencoder.config.latent_channels
         if channels != model.config.in_channels:
             raise ValueError(
@@ -230,30 +226,38 @@ def _read_labels(path: Path, num_classes: int | None) -> dict[int, str]:
     return labels
 
 
-def _card(
+def _write_card(
+    folder: Path,
     name: str,
     pipeline: Pipeline,
     run: Preset,
     source: str,
-    classifier: str | os.PathLike | None,
-    vae: str | os.PathLike | None,
-) -> str:
-    """Model card: where the weights come from, how their authors sample, and what the folder holds."""
+    parts: dict[str, str | os.PathLike | None],
+    license: str | None,
+    base_model: str | None,
+) -> None:
+    """Model card with where the weights come from, how their authors sample, and what may be done with them."""
     guide, scheduler = getattr(pipeline, "classifier", None), pipeline.scheduler.config
     model = pipeline.unet or pipeline.transformer
     codebase = run.architecture.partition("/")[0]
     repository, noun, paper = _ORIGINS[codebase]
     file = f"[`{source}`]({run.url})" if run.url else f"`{source}`"
     origin = f"{file}, a {noun} of [{repository.partition('/')[2]}](https://github.com/{repository}) ({paper})"
+    classifier, vae = parts["classifier"], parts["vae"]
     if guide is not None:
         origin += f" with the noise-aware classifier `{Path(classifier).name}`"
     if vae is not None:
         origin += f" with the autoencoder `{Path(vae).name if Path(vae).exists() else vae}`"
+    origin += ", converted by `diffusers_ext`."
+    if codebase == "guided-diffusion" and run.url is not None:
+        origin += (
+            f" Its authors intend it for research only ([model card](https://github.com/{repository}/{_INTENDED}))."
+        )
 
     arguments = []
     conditional = guide is not None or model.config.num_class_embeds is not None
     if model.config.get("low_res_channels"):
-        arguments.append("low_res=[PIL.Image.open(path)]")
+        arguments.append("low_res=low_res")
     elif not conditional:
         arguments.append("batch_size=4")
     if conditional:
@@ -268,23 +272,19 @@ def _card(
 
     scale = 1 if vae is None else 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     facts = {
-        noun: f"{model.num_parameters():,} parameters",
-        "classifier": guide and f"{guide.num_parameters():,} parameters",
         "latents" if codebase == "dit" and vae is None else "images": f"{scale * model.config.sample_size} px",
         f"classes known to the {noun}": model.config.num_class_embeds,
         "classes known to the classifier": guide and guide.config.num_classes,
-        "process": f"{scheduler.num_train_timesteps} steps, betas `{scheduler.beta_schedule}`",
-        "variance": f"`{scheduler.variance_type}`",
         "sampling steps of the authors": run.num_inference_steps and f"{run.num_inference_steps}, ancestral",
         "classifier scale of the authors": guide and run.guidance_scale,
         "guidance scale of the authors": model.config.null_class and run.guidance_scale or None,
-        "licence of the weights": run.licence and run.licence.upper(),
     }
-    return _CARD.format(
-        licence=f"license: {run.licence}\n" if run.licence else "",
-        codebase=codebase,
+    rows = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items() if value is not None)
+    content = compose(
+        read_folder(folder),
         name=name,
-        origin=origin,
-        arguments=", ".join(arguments),
-        facts="\n".join(f"| {fact} | {value} |" for fact, value in facts.items() if value is not None),
+        metadata={"license": license, "base_model": base_model, "tags": [codebase]},
+        given={"origin": f"{origin}\n\n| | |\n|---|---|\n{rows}"},
+        call=", ".join(arguments),
     )
+    save_card(folder, content)

@@ -220,15 +220,16 @@ _LARGE = {
     "dropout": 0.0,
     "var_type": "fixedsmall",
 }
-# Moving averages of the weights of Ho et al. (2020), converted by Patrick Esser.
+# Moving averages of the weights of Ho et al. (2020), converted by Patrick Esser. Neither these weights nor those of
+# celeba_hq come from the authors of DDIM, and no licence is stated with them.
 _CONVERTED = "https://heibox.uni-heidelberg.de/f"
 _DDRM = "https://image-editing-test-12345.s3-us-west-2.amazonaws.com/checkpoints"
 
 PRESETS = {
-    "cifar10": Preset("ddim/unet", _CIFAR10, f"{_CONVERTED}/2e4f01e2d9ee49bab1d5/?dl=1"),
+    "cifar10": Preset("ddim/unet", _CIFAR10, f"{_CONVERTED}/2e4f01e2d9ee49bab1d5/?dl=1", None),
     "celeba": Preset("ddim/unet", _CELEBA, None),
-    "bedroom": Preset("ddim/unet", _LARGE, f"{_CONVERTED}/b95206528f384185889b/?dl=1"),
-    "church": Preset("ddim/unet", _LARGE, f"{_CONVERTED}/44ccb50ef3c6436db52e/?dl=1"),
-    "cat": Preset("ddim/unet", _LARGE, f"{_CONVERTED}/0701aac3aa69457bbe34/?dl=1"),
-    "celeba_hq": Preset("ddim/unet", _LARGE, f"{_DDRM}/celeba_hq.ckpt"),
+    "bedroom": Preset("ddim/unet", _LARGE, f"{_CONVERTED}/b95206528f384185889b/?dl=1", None),
+    "church": Preset("ddim/unet", _LARGE, f"{_CONVERTED}/44ccb50ef3c6436db52e/?dl=1", None),
+    "cat": Preset("ddim/unet", _LARGE, f"{_CONVERTED}/0701aac3aa69457bbe34/?dl=1", None),
+    "celeba_hq": Preset("ddim/unet", _LARGE, f"{_DDRM}/celeba_hq.ckpt", None),
 }

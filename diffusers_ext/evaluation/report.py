@@ -12,12 +12,14 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 
+from diffusers_ext.cards.blocks import limits
+from diffusers_ext.cards.document import block, get_block, join, set_block, set_metadata, split
 from diffusers_ext.evaluation.samples import Samples, write_atomically
 from diffusers_ext.evaluation.sweep import point_name, value_name
 from diffusers_ext.training.data import Batch
 
 
-START, END = "<!-- evaluation:start -->", "<!-- evaluation:end -->"
+BLOCK, HEADING = "evaluation", "## Results of `diffusers-ext evaluate`"  # of a card
 # Kinds of metrics, as the metadata of model cards name them, by the beginning of the name.
 METRIC_TYPES = {
     "FID": "fid",
@@ -136,31 +138,39 @@ def write_results_to_card(path: Path, result: dict[str, Any]) -> None:
         ValueError: when the card's metadata cannot be read.
     """
     path = path / "README.md" if path.is_dir() else path
+    name = path.resolve().parent.name
+    content = path.read_bytes().decode("utf-8") if path.exists() else f"\n# {name}\n"
     try:
-        card = ModelCard(
-            path.read_text(encoding="utf-8")
-            if path.exists()
-            else f"---\n{{}}\n---\n\n# {path.resolve().parent.name}\n"
-        )
+        content = add_results(content, name, result)
     except (ValueError, TypeError) as error:
         raise ValueError(f"The metadata of {path} cannot be read: {error}") from error
-    data = card.data
-    data.model_name = data.model_name or path.resolve().parent.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+
+
+def add_results(content: str, name: str, result: dict[str, Any]) -> str:
+    """The text of a card with the results of an evaluation; see [`write_results_to_card`].
+
+    Args:
+        content: of the card.
+        name: of the model, where the card has no results yet.
+        result: as [`evaluate`] returns it.
+    """
+    newline = "\r\n" if "\r\n" in content else "\n"
+    metadata, text = split(content.replace("\r\n", "\n"))
+    data = ModelCard(f"---\n{metadata or '{}'}\n---\n").data
+    data.model_name = data.model_name or name
     new = eval_results(result, data.get("pipeline_tag") or "unconditional-image-generation")
     identities = {_identity(entry) for entry in new}
     data.eval_results = [entry for entry in data.eval_results or [] if _identity(entry) not in identities] + new
-    block = f"{START}\n{table(result)}\n{END}"
-    text = card.text
-    if START in text and END in text.split(START, 1)[1]:
-        before, rest = text.split(START, 1)
-        text = before + block + rest.split(END, 1)[1]
+    if get_block(text, BLOCK) is not None:
+        text = set_block(text, BLOCK, table(result))
     else:
-        text = f"{text.rstrip()}\n\n## Results of `diffusers-ext evaluate`\n\n{block}\n"
-    metadata = data.to_yaml(original_order=getattr(card, "_original_order", None))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        path, f"---\n{metadata}\n---\n{text.removeprefix(chr(10)) if text.startswith(chr(10) * 3) else text}"
-    )
+        text = f"{text.rstrip()}\n\n{HEADING}\n\n{block(BLOCK, table(result))}\n"
+    if get_block(text, "limits") is not None:  # which said that there are no results
+        text = set_block(text, "limits", limits(evaluated=True))
+    content = join(set_metadata(metadata, {"model-index": data.to_dict()["model-index"]}), text)
+    return content.replace("\n", newline)
 
 
 def eval_results(result: dict[str, Any], task: str) -> list[EvalResult]:

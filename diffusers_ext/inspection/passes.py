@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffusers import ModelMixin
 
+from diffusers_ext.hub.safety import check_folder
 from diffusers_ext.inspection.anatomy import Attention, Block, Memory, Network, Precision, ReceptiveField, Size
 from diffusers_ext.inspection.inputs import TIMESTEP, example_inputs
 from diffusers_ext.inspection.receptive_field import (
@@ -219,8 +220,12 @@ def inspect_source(
     batch_size: int = 1,
     dtype: str | None = None,
     effective: str = "auto",
+    memory: bool = True,
 ) -> Network:
-    """Anatomy of one network; arguments and errors as for [`inspect_models`]."""
+    """Anatomy of one network; arguments and errors as for [`inspect_models`].
+
+    `memory` False leaves all bytes but those of the weights at 0, which takes half the time.
+    """
     dtype = dtype or weights_dtype(source.folder) or "float32"
     model = build(source)
     kept = _kept_in_float32(model)
@@ -228,7 +233,7 @@ def inspect_source(
     with quiet():
         try:
             arguments, image, grid = example_inputs(model, size, batch_size, DTYPES[dtype])
-            network = _inspect(model, source.name, arguments, image, grid)
+            network = _inspect(model, source.name, arguments, image, grid, memory)
         except (RuntimeError, AssertionError, IndexError) as error:
             reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
             shown = "x".join(str(n) for n in (size, size)) if size else "the size of its config"
@@ -282,7 +287,9 @@ def find_blocks(model: nn.Module) -> list[str]:
     return names
 
 
-def _inspect(model: ModelMixin, name: str, arguments: dict[str, Any], image: torch.Tensor, grid: Size) -> Network:
+def _inspect(
+    model: ModelMixin, name: str, arguments: dict[str, Any], image: torch.Tensor, grid: Size, with_memory: bool
+) -> Network:
     names = find_blocks(model)
     trace = _Trace(model, names)
     tensors = [*model.parameters(), *model.buffers()]
@@ -298,11 +305,12 @@ def _inspect(model: ModelMixin, name: str, arguments: dict[str, Any], image: tor
 
     # Peak of a forward pass.
     del output
-    with torch.no_grad(), _FusedAttention(trace), _LiveMemory([*tensors, *inputs]) as memory:
-        model(**arguments)
-    forward_peak = memory.peak
-
-    training = _training_memory(model, arguments, [*tensors, *inputs], names)
+    forward_peak, training = 0, _NO_TRAINING
+    if with_memory:
+        with torch.no_grad(), _FusedAttention(trace), _LiveMemory([*tensors, *inputs]) as memory:
+            model(**arguments)
+        forward_peak = memory.peak
+        training = _training_memory(model, arguments, [*tensors, *inputs], names)
     fields, edges, unknown, blocks_fields = _receptive_field(model, arguments, image, grid, names)
 
     order = trace.order + [block for block in names if block not in trace.order]
@@ -376,6 +384,9 @@ def _inspect(model: ModelMixin, name: str, arguments: dict[str, Any], image: tor
         receptive_field=replace(fields, unknown_operations=tuple(sorted(unknown))),
         precision=Precision("float32"),
     )
+
+
+_NO_TRAINING = {"saved": {}, "activations": 0, "gradients": 0, "optimizer": 0, "peak": 0, "peak_in": "forward"}
 
 
 def storage_bytes(tensors: Sequence[torch.Tensor]) -> dict[int, int]:
@@ -640,6 +651,7 @@ def _measure_effective(source: Source, network: Network, grid: Size, effective: 
     weights = "weights of the folder"
     if source.folder is not None and any(source.folder.glob("*.safetensors")):
         try:
+            check_folder(source.folder)
             model = source.model_class.from_pretrained(source.folder, use_safetensors=True)
         except (OSError, RuntimeError, ValueError) as error:
             return {"effective_of": f"not measured: the weights do not load ({str(error).splitlines()[0][:120]})"}

@@ -1,10 +1,12 @@
 """Options of a training run: one frozen dataclass per task; presets are instances of it."""
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 
+LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 # Options, what their values must be, and whether a value is that.
 RANGES = (
     (
@@ -23,6 +25,7 @@ RANGES = (
     (("ema_decay", "adam_beta1", "adam_beta2"), "at least 0 and less than 1", lambda value: 0 <= value < 1),
     (("caption_dropout_prob",), "between 0 and 1", lambda value: 0 <= value <= 1),
     (("max_aspect_ratio",), "at least 1", lambda value: value >= 1),
+    (("license",), "an identifier of a licence as the Hub has them, such as apache-2.0", LICENCE.fullmatch),
 )
 
 
@@ -135,6 +138,8 @@ class TrainingConfig:
     """repository to upload to; None: your name and that of the run folder"""
     hub_private_repo: bool = False
     """whether a repository that the upload creates is private"""
+    license: str | None = None
+    """of the trained weights, as the Hub names it, such as apache-2.0; None: not chosen, which the card says"""
 
     num_train_timesteps: int = 1000
     """steps T of the forward process"""
