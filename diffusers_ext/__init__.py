@@ -24,7 +24,12 @@ from diffusers_ext.models import (
     DilatedConvDenoiserModel,
     GQADiTTransformer2DModel,
 )
-from diffusers_ext.pipelines import ClassConditionalPipeline, ClassifierGuidedPipeline
+from diffusers_ext.pipelines import (
+    ClassConditionalBlocks,
+    ClassConditionalPipeline,
+    ClassifierGuidanceBlocks,
+    ClassifierGuidedPipeline,
+)
 from diffusers_ext.registration import register
 
 
@@ -32,7 +37,9 @@ from diffusers_ext.registration import register
 __all__ = [
     "ADMClassifierModel",
     "ADMUNet2DModel",
+    "ClassConditionalBlocks",
     "ClassConditionalPipeline",
+    "ClassifierGuidanceBlocks",
     "ClassifierGuidedPipeline",
     "ComposableUNet2DModel",
     "DDPMUNet2DModel",

@@ -16,6 +16,7 @@ an exported pipeline.
 """
 
 import bisect
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -23,8 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusers import SchedulerMixin
+from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers.guiders import BaseGuidance
 
+
+GUIDANCE_MODES = ("score", "mean")
+
+GuidanceRule = Callable[
+    [int, float, torch.Tensor, torch.Tensor, torch.Tensor | None, float], tuple[torch.Tensor, torch.Tensor | None]
+]
 
 # A gradient that passes through float16 layers is multiplied by this before and divided by it after, so that what is
 # small does not become zero, and what is large still fits.
@@ -362,3 +370,80 @@ def ddim_step_gain(scheduler: SchedulerMixin, timestep: int, eta: float) -> floa
     abar_previous = (scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod).item()
     variance = eta**2 * (1 - abar_previous) / (1 - abar) * (1 - abar / abar_previous)  # Eq. 16
     return math.sqrt(abar_previous) - math.sqrt(max(1 - abar_previous - variance, 0.0)) * math.sqrt(abar / (1 - abar))
+
+
+def classifier_guidance_rule(
+    scheduler: SchedulerMixin,
+    classifier: nn.Module,
+    class_ids: torch.Tensor,
+    timestep_values: Sequence[float],
+    *,
+    mode: str = "score",
+    eta: float = 0.0,
+    guider: BaseGuidance | None = None,
+    classifier_schedule: dict | None = None,
+) -> GuidanceRule:
+    """Chooses, once per run, how the steps of this scheduler are guided.
+
+    Args:
+        scheduler: after `set_timesteps`.
+        classifier: maps `(sample, timestep)` to logits, as `classifier_log_prob_grad` has it.
+        class_ids: wanted classes `(B,)`, int64.
+        timestep_values: timesteps of all network calls.
+        mode: "score" shifts what the network predicts (Algorithm 2), "mean" the result of an ancestral step
+            (Algorithm 1).
+        eta: of `DDIMScheduler`.
+        guider: a guider of diffusers that combines the prediction with the one for the class.
+        classifier_schedule: config of the `DDPMScheduler` with whose noise the classifier was trained. None: that of
+            `scheduler`, or `DDPMScheduler()` where that one has no `alphas_cumprod`.
+
+    Returns:
+        A function of the index of the network call, its timestep, the noisy image, both halves of the network's output
+        (the second None where it learned no variance), and the guidance scale. It returns the guided prediction, and
+        what is to be added to the result of the scheduler's step, or None.
+    """
+    level = noise_level_rule(scheduler)
+    if classifier_schedule is not None:
+        table = noise_table(DDPMScheduler(**classifier_schedule))
+    else:
+        table = noise_table(scheduler if hasattr(scheduler, "alphas_cumprod") else DDPMScheduler())
+    kind, sigma_data = prediction_type(scheduler), scheduler.config.get("sigma_data")
+    variance_of_step = ancestral_variance_rule(scheduler, timestep_values) if mode == "mean" else None
+    # The original clips the prediction of DDIM before it is guided, and not again.
+    clips_first = (
+        guider is None
+        and is_a(scheduler, "DDIMScheduler", "DDIMParallelScheduler")
+        and (scheduler.config.clip_sample or scheduler.config.thresholding)
+    )
+    dtype = classifier.dtype
+    if guider is not None:
+        guider = copy.deepcopy(guider)  # a run leaves its state there
+        # Some begin it in the first step, which need not be a guided one.
+        guider.set_state(step=0, num_inference_steps=len(timestep_values), timestep=timestep_values[0])
+        guider.prepare_inputs({})
+
+    def guide(
+        i: int,
+        timestep: float,
+        sample: torch.Tensor,
+        prediction: torch.Tensor,
+        variance: torch.Tensor | None,
+        guidance_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        alpha, sigma = level(timestep, i)
+        norm = math.hypot(alpha, sigma)
+        abar = clip_abar((alpha / norm) ** 2, table)
+        classifier_timestep = torch.full((), timestep_of_abar(abar, table), device=sample.device)
+        gradient = classifier_log_prob_grad(classifier, sample / norm, classifier_timestep, class_ids, dtype)
+        if variance_of_step is not None:
+            return prediction, guidance_scale * variance_of_step(i, variance) * gradient
+        scale = guidance_scale * x0_gain(abar)
+        if clips_first:
+            return prediction, scale * ddim_step_gain(scheduler, timestep, eta) * gradient
+        conditional = prediction + scale * prediction_gain(kind, alpha, sigma, sigma_data) * gradient
+        if guider is None:
+            return conditional, None
+        guider.set_state(step=i, num_inference_steps=len(timestep_values), timestep=timestep)
+        return guider(guider.prepare_inputs({"noise_pred": (conditional, prediction)})).pred, None
+
+    return guide

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import diffusers
-from diffusers import SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_ext.guidance import is_a
@@ -33,10 +33,16 @@ Step = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class _Models:
-    """The models of diffusers, to which `import diffusers_ext` adds ours; NoneType in place of one that is absent."""
+    """The models of diffusers, to which diffusers_ext adds ours.
+
+    In place of one that is absent stands any model; and of ours, where this code has travelled in a repository: it has
+    brought classes of its own.
+    """
 
     def __getattr__(self, name: str) -> type:
-        return getattr(diffusers, name, type(None))
+        model_class = getattr(diffusers, name, diffusers.ModelMixin)
+        home = model_class.__module__.partition(".")[0]
+        return model_class if home in ("diffusers", __name__.partition(".")[0]) else diffusers.ModelMixin
 
 
 # Pipelines annotate their components with these strings, which are evaluated late, where `models` is imported: their
@@ -47,6 +53,73 @@ DENOISER = (
     " | models.DilatedConvDenoiserModel | models.DiTTransformer2DModel | models.GQADiTTransformer2DModel"
 )
 OPTIONAL_DENOISER = f"{DENOISER} | models.UNet2DConditionModel | None"
+
+
+def align_weights(*components: object) -> None:
+    """Moves weights on the CPU to where torch itself would have put them, at multiples of 64 bytes; changes no value.
+
+    Loaded weights lie in their mapped file, at any address, and by that some kernels choose the order in which they
+    sum: for a single image, a loaded pipeline would give other last bits than the one that was saved.
+
+    Args:
+        components: of a pipeline; those that are no networks are passed over.
+    """
+    for component in components:
+        for x in component.parameters() if isinstance(component, nn.Module) else ():
+            # Subclasses of `Parameter` are quantised, without an address of their own.
+            if type(x) is nn.Parameter and x.device.type == "cpu" and x.data_ptr() % 64 and not x.is_inference():
+                x.data = x.data.clone()
+
+
+class PipelineMixin:
+    """What our pipelines do with their components otherwise than diffusers."""
+
+    def register_modules(self, **components) -> None:
+        """As in diffusers, and see `align_weights`."""
+        align_weights(*components.values())
+        super().register_modules(**components)
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipeline: DiffusionPipeline,
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **changes,
+    ) -> DiffusionPipeline:
+        """A pipeline of this class around the components of another, which both share from then on.
+
+        Where diffusers casts what is shared to float32, this leaves it in the dtype that it has, quantised or not.
+
+        Args:
+            pipeline: any that has the components, one of diffusers' own too. Where this class has no `transformer`,
+                that of `pipeline` becomes its `unet`.
+            dtype, torch_dtype: what all components are cast to, those that `pipeline` keeps too. None: they stay.
+            changes: components and options in place of those of `pipeline`, or besides them, such as `classifier`.
+
+        Raises:
+            ValueError: where a component is missing, and where `pipeline` draws latents that this class cannot decode.
+        """
+        known = inspect.signature(cls.__init__).parameters
+        components = dict(pipeline.components)
+        if "transformer" not in known and components.get("unet") is None:
+            components["unet"] = components.get("transformer")
+        if "vae" not in known and components.get("vae") is not None:
+            raise ValueError(
+                f"`pipeline` {type(pipeline).__name__} has a `vae`, so that its network draws latents, and "
+                f"{cls.__name__} decodes none. Construct {cls.__name__} of the components that it is to have, call "
+                "it with `output_type='latent'`, and decode those."
+            )
+        # Options that a class has not wait in the config of its pipeline, under a name with an underscore, for one
+        # that has them. A pair (library, class) stands for a component.
+        options = {name.removeprefix("_"): value for name, value in pipeline.config.items()}
+        options = {name: x for name, x in options.items() if x is not None and not isinstance(x, tuple | list)}
+        arguments = {name: value for name, value in {**options, **components}.items() if name in known}
+        shared = cls(**{**arguments, **changes})
+        shared.register_to_config(**{f"_{name}": value for name, value in options.items() if name not in known})
+        dtype = dtype or torch_dtype
+        return shared if dtype is None else shared.to(dtype)
 
 
 class ClassNames:

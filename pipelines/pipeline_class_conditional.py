@@ -27,6 +27,8 @@ from diffusers_ext.sampling import (
     OPTIONAL_DENOISER,
     ClassLabels,
     ClassNames,
+    Generators,
+    PipelineMixin,
     Prompts,
     check_arguments,
     check_channels,
@@ -58,13 +60,13 @@ DEFAULT_AUTOGUIDANCE_SCALE = 2.0  # about what Karras et al. (2024) found best
 BOTH = ["pred_cond", "pred_uncond"]
 KNOWN_PREDICTIONS = (*BOTH, "pred_cond_skip")
 
-Prediction = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+Prediction = Callable[[int, torch.Tensor, torch.Tensor, float], torch.Tensor]
 Text = tuple[torch.Tensor, torch.Tensor]  # hidden states (P, T, D) of texts and their mask (P, T)
 
 logger = logging.get_logger(__name__)
 
 
-class ClassConditionalPipeline(DiffusionPipeline):
+class ClassConditionalPipeline(PipelineMixin, DiffusionPipeline):
     """Samples images of a class, a text, or any, with classifier-free guidance, autoguidance or a guider of diffusers.
 
     Args:
@@ -249,7 +251,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
             ValueError: for arguments that do not fit each other or the components, before any network is run.
         """
         # 1. Check
-        class_ids = None if class_labels is None else self.get_label_ids(class_labels)
         prompts = Prompts(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -258,18 +259,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
             negative_prompt_embeds=negative_prompt_embeds,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
         )
-        check_num_images(num_images_per_prompt, batch_size)
-        if class_ids is not None and (len(class_ids) > 1 or not prompts.given):
-            class_ids = [class_id for class_id in class_ids for _ in range(num_images_per_prompt)]
-        if batch_size is None:
-            num_texts = max(prompts.lengths.values(), default=1)
-            batch_size = max(num_texts * num_images_per_prompt, len(class_ids or ()))
-            if num_images_per_prompt == 1:
-                per_image = [x for x in (sample, generator) if isinstance(x, list | torch.Tensor)]
-                batch_size = max(batch_size, *map(len, per_image), 1)
+        class_ids, batch_size = self.count_images(
+            class_labels, prompts, num_images_per_prompt, batch_size, sample, generator
+        )
         self._guidance_scale = guidance_scale
         if guidance_scale is None:
-            self._guidance_scale = self._default_guidance_scale(class_ids, prompts)
+            self._guidance_scale = self.default_guidance_scale(class_ids, prompts)
         self._interrupt = False
         check_arguments(
             self.scheduler,
@@ -296,7 +291,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             class_ids = torch.tensor(class_ids, device=device).expand(batch_size)
         timesteps, timestep_values = prepare_timesteps(self.scheduler, num_inference_steps, batch_size, device)
         self._num_timesteps = len(timesteps)
-        shape = (batch_size, image_channels(self._denoiser), *self._size(sample, height, width))
+        shape = self.sample_shape(batch_size, sample, height, width)
         sample = prepare_sample(sample, shape, self.scheduler, generator, device)
 
         # 3. Choose what the steps have in common
@@ -322,7 +317,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if self._interrupt:
                 break
             self._current_timestep = t
-            prediction = guide(i, t, scale_model_input(sample, t))[:, :num_outputs]
+            prediction = guide(i, t, scale_model_input(sample, t), self._guidance_scale)[:, :num_outputs]
             sample = step(i, t, sample, prediction)
 
             if callback_on_step_end is not None:
@@ -359,7 +354,30 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Whether there is a text to compare that of the call with."""
         return prompts.negative_prompt_embeds is not None or self._reads_text
 
-    def _default_guidance_scale(self, class_ids: list[int] | None, prompts: Prompts) -> float:
+    def count_images(
+        self,
+        class_labels: ClassLabels | None,
+        prompts: Prompts,
+        num_images_per_prompt: int,
+        batch_size: int | None,
+        sample: torch.Tensor | None,
+        generator: Generators,
+    ) -> tuple[list[int] | None, int]:
+        """Class ids of a call, one for all images or one each, and the number of images."""
+        class_ids = None if class_labels is None else self.get_label_ids(class_labels)
+        check_num_images(num_images_per_prompt, batch_size)
+        if class_ids is not None and (len(class_ids) > 1 or not prompts.given):
+            class_ids = [class_id for class_id in class_ids for _ in range(num_images_per_prompt)]
+        if batch_size is None:
+            num_texts = max(prompts.lengths.values(), default=1)
+            batch_size = max(num_texts * num_images_per_prompt, len(class_ids or ()))
+            if num_images_per_prompt == 1:
+                per_image = [x for x in (sample, generator) if isinstance(x, list | torch.Tensor)]
+                batch_size = max(batch_size, *map(len, per_image), 1)
+        return class_ids, batch_size
+
+    def default_guidance_scale(self, class_ids: list[int] | None, prompts: Prompts) -> float:
+        """Guidance scale of a call that names none."""
         if self.guider is not None:
             return getattr(self.guider, "guidance_scale", 1.0)
         if self.guide_model is not None:
@@ -421,8 +439,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
                     f"`guidance_scale` is {guidance_scale}, but `guider` {type(self.guider).__name__} has a scale of "
                     "its own. Change that one, or set `pipe.guider = None`."
                 )
-        elif self._guidance_scale > 1 or (self._guidance_scale != 1 and (class_ids is not None or prompts.given)):
-            self._check_null(f"`guidance_scale` {self._guidance_scale}", prompts)
+            return
+        scale = self.default_guidance_scale(class_ids, prompts) if guidance_scale is None else guidance_scale
+        if scale > 1 or (scale != 1 and (class_ids is not None or prompts.given)):
+            self._check_null(f"`guidance_scale` {scale}", prompts)
 
     def _check_size(self, sample: torch.Tensor | None, height: int | None, width: int | None) -> None:
         if (height is None) != (width is None):
@@ -484,12 +504,17 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 "weaker `guide_model`, or use `guidance_scale=1` without a `guider`."
             )
 
-    def _size(self, sample: torch.Tensor | None, height: int | None, width: int | None) -> tuple[int, int]:
+    def sample_shape(
+        self, batch_size: int, sample: torch.Tensor | None, height: int | None, width: int | None
+    ) -> tuple[int, int, int, int]:
+        """(B, C, H, W) of what the network draws for these arguments of a call."""
         if sample is not None:
-            return sample.shape[2:]
-        if height is None:
-            return height_width(self._denoiser.config.sample_size)
-        return height // self.vae_scale_factor, width // self.vae_scale_factor
+            size = sample.shape[2:]
+        elif height is None:
+            size = height_width(self._denoiser.config.sample_size)
+        else:
+            size = height // self.vae_scale_factor, width // self.vae_scale_factor
+        return batch_size, image_channels(self._denoiser), *size
 
     def encode_prompt(self, prompt: str | list[str]) -> Text:
         """Hidden states of texts `(P, T, D)` and their mask `(P, T)`: `prompt_embeds` and `prompt_attention_mask`.
@@ -558,8 +583,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Chooses, once per run, which predictions are made and how they are combined.
 
         Returns:
-            A function of the index of the network call, its timestep and the network's input. It returns the network's
-            output for class and text, of which the first `guided_channels` are guided.
+            A function of the index of the network call, its timestep, the network's input and the guidance scale. It
+            returns the network's output for class and text, of which the first `guided_channels` are guided.
         """
         guide_model = self.guide_model
         guider = copy.deepcopy(self.guider)  # a run leaves its state there
@@ -587,44 +612,43 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         if guider is None:
 
-            def begin(i: int) -> list[str]:
-                if self._guidance_scale == 1:
+            def begin(i: int, scale: float) -> list[str]:
+                if scale == 1:
                     return BOTH[:1]
                 # A callback may have changed it.
-                self._check_null(f"`guidance_scale` {self._guidance_scale}", prompts)
+                self._check_null(f"`guidance_scale` {scale}", prompts)
                 return BOTH
 
-            def combine(prediction: torch.Tensor, worse_prediction: torch.Tensor | None = None) -> torch.Tensor:
-                if worse_prediction is None:
-                    return prediction
-                return worse_prediction + self._guidance_scale * (prediction - worse_prediction)
+            def combine(scale: float, *predictions: torch.Tensor) -> torch.Tensor:
+                prediction, worse_prediction = predictions[0], predictions[-1]
+                return prediction if scale == 1 else worse_prediction + scale * (prediction - worse_prediction)
 
         else:
             batches = []
 
-            def begin(i: int) -> list[str]:
+            def begin(i: int, scale: float) -> list[str]:
                 guider.set_state(step=i, num_inference_steps=len(timestep_values), timestep=timestep_values[i])
                 batches[:] = guider.prepare_inputs({})
                 return [getattr(batch, guider._identifier_key) for batch in batches]
 
-            def combine(*predictions: torch.Tensor) -> torch.Tensor:
+            def combine(scale: float, *predictions: torch.Tensor) -> torch.Tensor:
                 for batch, prediction in zip(batches, predictions, strict=True):
                     batch.noise_pred = prediction
                 return guider(batches).pred
 
             # All steps are asked, since some guiders begin their state in the first, guided or not.
             for i in range(len(timestep_values)):
-                names = begin(i)
+                names = begin(i, 1.0)
                 if i in guided_steps:
                     self._check_guider(guider, names, prompts)
         has_worse = class_ids is not None or prompts.given or guide_model is not None or weakens
 
-        def guide(i: int, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        def guide(i: int, timestep: torch.Tensor, sample: torch.Tensor, scale: float) -> torch.Tensor:
             if not has_worse or i not in guided_steps:
                 model, inputs = conditional
                 return predict(model, sample, timestep, **inputs)
-            outputs = run(begin(i), timestep, sample)
-            guided = combine(*(output[:, :guided_channels] for output in outputs))
+            outputs = run(begin(i, scale), timestep, sample)
+            guided = combine(scale, *(output[:, :guided_channels] for output in outputs))
             return torch.cat([guided, outputs[0][:, guided_channels:]], dim=1)
 
         return guide

@@ -6,34 +6,22 @@ The formulas are in `diffusers_ext.guidance`; here they meet a sampling loop.
 Shapes: B batch, C image channels, H and W pixels.
 """
 
-import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 
-from diffusers_ext.guidance import (
-    ancestral_variance_rule,
-    check_scheduler,
-    classifier_log_prob_grad,
-    clip_abar,
-    ddim_step_gain,
-    is_a,
-    noise_level_rule,
-    noise_table,
-    prediction_gain,
-    prediction_type,
-    timestep_of_abar,
-    x0_gain,
-)
+from diffusers_ext.guidance import GUIDANCE_MODES, check_scheduler, classifier_guidance_rule, is_a
 from diffusers_ext.sampling import (
     ANCESTRAL_SCHEDULERS,
     DENOISER,
     ClassLabels,
     ClassNames,
+    PipelineMixin,
     check_arguments,
     check_channels,
     check_class_ids,
@@ -53,14 +41,9 @@ from diffusers_ext.sampling import (
 
 
 DEFAULT_GUIDANCE_SCALE = 4.0
-GUIDANCE_MODES = ("score", "mean")
-
-GuidanceRule = Callable[
-    [int, float, torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]
-]
 
 
-class ClassifierGuidedPipeline(DiffusionPipeline):
+class ClassifierGuidedPipeline(PipelineMixin, DiffusionPipeline):
     """Samples images, and draws them towards a class by the gradient of a classifier that knows noisy images.
 
     Args:
@@ -178,9 +161,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         if low_res is not None and not isinstance(low_res, torch.Tensor):
             low_res = self.image_processor.preprocess(low_res)
         if batch_size is None:
-            per_image = [x for x in (class_ids, sample, low_res, generator) if isinstance(x, list | torch.Tensor)]
-            batch_size = max(map(len, per_image), default=1)
-        self._guidance_scale = self._default_guidance_scale if guidance_scale is None else guidance_scale
+            batch_size = number_of_images(class_ids, sample, low_res, generator)
+        self._guidance_scale = default_guidance_scale(self) if guidance_scale is None else guidance_scale
         self._interrupt = False
         check_arguments(
             self.scheduler,
@@ -197,7 +179,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             callback_tensor_inputs=self._callback_tensor_inputs,
         )
-        self.check_inputs(class_ids, guidance_mode, low_res, batch_size)
+        check_components(self, class_ids, self._guidance_scale, guidance_mode, low_res, batch_size)
 
         # 2. Prepare labels, timesteps and noise
         device = self._execution_device
@@ -207,18 +189,22 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         self._num_timesteps = len(timesteps)
         shape = (batch_size, image_channels(self.unet), *height_width(self.unet.config.sample_size))
         sample = prepare_sample(sample, shape, self.scheduler, generator, device)
-        unet_labels = None
-        if num_classes(self.unet) is not None:
-            unet_labels = class_ids
-            if class_ids is None:
-                unet_labels = torch.full((batch_size,), null_label(self.unet), device=device)
-        unet_inputs = {} if low_res is None else {"low_res": low_res.to(device, self.unet.dtype)}
+        unet_inputs = network_inputs(self.unet, class_ids, low_res, batch_size, device)
 
         # 3. Choose what the steps have in common
         scheduler = with_exact_variance(self.scheduler)
         guide = None
         if class_ids is not None and self.classifier is not None:
-            guide = self.prepare_guidance(scheduler, class_ids, guidance_mode, timestep_values, eta)
+            guide = classifier_guidance_rule(
+                scheduler,
+                self.classifier,
+                class_ids,
+                timestep_values,
+                mode=guidance_mode,
+                eta=eta,
+                guider=self.guider,
+                classifier_schedule=self.config.classifier_schedule,
+            )
         guided_steps = guided_calls(scheduler, guidance_interval, len(timesteps))
         step = step_rule(scheduler, timestep_values, generator, eta)
         scale_model_input = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
@@ -228,12 +214,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(timesteps)):
             if self._interrupt:
                 break
-            output = predict(self.unet, scale_model_input(sample, t), t, unet_labels, **unet_inputs)
+            output = predict(self.unet, scale_model_input(sample, t), t, **unet_inputs)
             prediction, variance = (output, None) if output.shape[1] == channels else output.chunk(2, dim=1)
 
             shift = None
             if guide is not None and i in guided_steps and self._guidance_scale != 0:
-                prediction, shift = guide(i, timestep_values[i], sample, prediction, variance)
+                prediction, shift = guide(i, timestep_values[i], sample, prediction, variance, self._guidance_scale)
             if takes_variance(scheduler):
                 prediction = torch.cat([prediction, variance], dim=1)
             sample = step(i, t, sample, prediction)
@@ -257,141 +243,124 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """
         return self._names.ids(class_labels)
 
-    @property
-    def _default_guidance_scale(self) -> float:
-        if self.classifier is None and num_classes(self.unet) is not None:
-            return 0.0
-        return DEFAULT_GUIDANCE_SCALE if self.guider is None else 1.0
 
-    def check_inputs(
-        self, class_ids: list[int] | None, guidance_mode: str, low_res: torch.Tensor | None, batch_size: int
-    ) -> None:
-        """Raises a ValueError for what `__call__` cannot work with; `check_arguments` looks at the rest."""
-        unet, scheduler, classifier = self.unet, self.scheduler, self.classifier
+# What follows serves the blocks of Modular Diffusers too. Their `components`, like a pipeline, have `unet`,
+# `scheduler`, `classifier` and `guider` as attributes.
 
-        check_scheduler(scheduler, unet.config.get("sigma_data"))
-        check_channels("unet", unet, scheduler)
-        if guidance_mode not in GUIDANCE_MODES:
-            raise ValueError(f"`guidance_mode` is {guidance_mode!r}; it must be one of {', '.join(GUIDANCE_MODES)}.")
-        if guidance_mode == "mean" and not is_a(scheduler, *ANCESTRAL_SCHEDULERS):
-            raise ValueError(
-                "`guidance_mode` 'mean' shifts the mean of an ancestral step, and `scheduler` "
-                f"{type(scheduler).__name__} takes no such steps. Use `guidance_mode='score'`, or DDPMScheduler."
-            )
-        if guidance_mode == "mean" and self.guider is not None:
-            raise ValueError(
-                "`guidance_mode` 'mean' does not change the prediction, which is what `guider` works on. Use "
-                "`guidance_mode='score'`, or set `pipe.guider = None`."
-            )
-        self._check_low_res(low_res, batch_size)
 
-        classes = num_classes(unet)
+def number_of_images(class_ids: list[int] | None, *per_image: Any) -> int:
+    """As many as there are labels, or tensors or lists with an entry per image, or 1."""
+    return max((len(x) for x in (class_ids, *per_image) if isinstance(x, list | torch.Tensor)), default=1)
+
+
+def default_guidance_scale(components: Any) -> float:
+    """4, or 1 before a guider with a scale of its own, or 0 where labels are for the network alone."""
+    if components.classifier is None and num_classes(components.unet) is not None:
+        return 0.0
+    return DEFAULT_GUIDANCE_SCALE if components.guider is None else 1.0
+
+
+def network_inputs(
+    unet: torch.nn.Module,
+    class_ids: torch.Tensor | None,
+    low_res: torch.Tensor | None,
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, torch.Tensor]:
+    """What `predict` tells the network in every step: labels `(B,)` where it knows classes, and images to enlarge."""
+    inputs = {}
+    if num_classes(unet) is not None:
         if class_ids is None:
-            if classes is not None and null_label(unet) is None:
-                raise ValueError(
-                    "`class_labels` is None, but `unet` is class-conditional and has to be told what to draw. Give "
-                    f"ids from 0 to {classes - 1}."
-                )
-            return
-        if self._guidance_scale != 0:
-            self._check_guidance()
-        limits = [limit for limit in (classes, classifier and classifier.config.num_classes) if limit is not None]
-        if limits:
-            check_class_ids(class_ids, min(limits))
+            class_ids = torch.full((batch_size,), null_label(unet), device=device)
+        inputs["class_ids"] = class_ids
+    if low_res is not None:
+        inputs["low_res"] = low_res.to(device, unet.dtype)
+    return inputs
 
-    def _check_low_res(self, low_res: torch.Tensor | None, batch_size: int) -> None:
-        channels = self.unet.config.get("low_res_channels", 0)
-        if (low_res is None) != (channels == 0):
-            raise ValueError(
-                "`low_res` is missing: `unet` enlarges images, and has to be given them."
-                if low_res is None
-                else "`low_res` was given, but `unet` does not enlarge images (`low_res_channels` is 0)."
-            )
-        if low_res is not None and (low_res.ndim != 4 or low_res.shape[:2] != (batch_size, channels)):
-            raise ValueError(
-                f"`low_res` has shape {tuple(low_res.shape)}; it must be ({batch_size}, {channels}, height, width)."
-            )
 
-    def _check_guidance(self) -> None:
-        unet, classifier, guider = self.unet, self.classifier, self.guider
-        if classifier is None:
-            raise ValueError(
-                "`class_labels` ask for guidance, but the pipeline has no `classifier`. Construct it with one, set "
-                "`pipe.classifier`, or leave `class_labels` None"
-                + (" or `guidance_scale` 0." if num_classes(unet) is not None else ".")
-            )
-        if classifier.config.in_channels != image_channels(unet):
-            raise ValueError(
-                f"`classifier` looks at {classifier.config.in_channels} channels, but `unet` draws "
-                f"{image_channels(unet)}; the two must be trained on the same images."
-            )
-        if height_width(classifier.config.sample_size) != height_width(unet.config.sample_size):
-            raise ValueError(
-                f"`classifier` was trained on images of {classifier.config.sample_size} pixels, `unet` on "
-                f"{unet.config.sample_size}; the two must be trained on the same images."
-            )
-        if any(parameter.is_inference() for parameter in classifier.parameters()):
-            raise ValueError(
-                "`classifier` was made inside `torch.inference_mode()`, so nothing can be differentiated through it. "
-                "Load the pipeline outside; calling it inside is fine."
-            )
-        if guider is not None and (
-            guider._input_predictions != ["pred_cond", "pred_uncond"]
-            or type(guider).prepare_models is not BaseGuidance.prepare_models
-        ):
-            raise ValueError(
-                f"`guider` {type(guider).__name__} compares the network with a weakened copy of it, not two "
-                "predictions. Use one for classifier-free guidance, such as `ClassifierFreeGuidance`."
-            )
+def check_components(
+    components: Any,
+    class_ids: list[int] | None,
+    guidance_scale: float,
+    guidance_mode: str,
+    low_res: torch.Tensor | None,
+    batch_size: int,
+) -> None:
+    """Raises a ValueError for what the components cannot do; `check_arguments` looks at the rest."""
+    unet, scheduler, classifier = components.unet, components.scheduler, components.classifier
 
-    def prepare_guidance(
-        self,
-        scheduler: SchedulerMixin,
-        class_ids: torch.Tensor,
-        guidance_mode: str,
-        timestep_values: list[float],
-        eta: float,
-    ) -> GuidanceRule:
-        """Chooses, once per run, how the steps of this scheduler are guided.
-
-        Returns:
-            A function of the index of the network call, its timestep, the noisy image and both halves of the network's
-            output (the second None where it learned no variance). It returns the guided prediction, and what is to be
-            added to the result of the scheduler's step, or None.
-        """
-        classifier, guider = self.classifier, self.guider
-        level = noise_level_rule(scheduler)
-        if self.config.classifier_schedule is not None:
-            table = noise_table(DDPMScheduler(**self.config.classifier_schedule))
-        else:
-            table = noise_table(scheduler if hasattr(scheduler, "alphas_cumprod") else DDPMScheduler())
-        kind, sigma_data = prediction_type(scheduler), scheduler.config.get("sigma_data")
-        variance_of_step = ancestral_variance_rule(scheduler, timestep_values) if guidance_mode == "mean" else None
-        # The original clips the prediction of DDIM before it is guided, and not again.
-        clips_first = (
-            guider is None
-            and is_a(scheduler, "DDIMScheduler", "DDIMParallelScheduler")
-            and (scheduler.config.clip_sample or scheduler.config.thresholding)
+    check_scheduler(scheduler, unet.config.get("sigma_data"))
+    check_channels("unet", unet, scheduler)
+    if guidance_mode not in GUIDANCE_MODES:
+        raise ValueError(f"`guidance_mode` is {guidance_mode!r}; it must be one of {', '.join(GUIDANCE_MODES)}.")
+    if guidance_mode == "mean" and not is_a(scheduler, *ANCESTRAL_SCHEDULERS):
+        raise ValueError(
+            "`guidance_mode` 'mean' shifts the mean of an ancestral step, and `scheduler` "
+            f"{type(scheduler).__name__} takes no such steps. Use `guidance_mode='score'`, or DDPMScheduler."
         )
-        dtype = classifier.dtype
+    if guidance_mode == "mean" and components.guider is not None:
+        raise ValueError(
+            "`guidance_mode` 'mean' does not change the prediction, which is what `guider` works on. Use "
+            "`guidance_mode='score'`, or set `pipe.guider = None`."
+        )
+    _check_low_res(unet, low_res, batch_size)
 
-        def guide(
-            i: int, timestep: float, sample: torch.Tensor, prediction: torch.Tensor, variance: torch.Tensor | None
-        ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            alpha, sigma = level(timestep, i)
-            norm = math.hypot(alpha, sigma)
-            abar = clip_abar((alpha / norm) ** 2, table)
-            classifier_timestep = torch.full((), timestep_of_abar(abar, table), device=sample.device)
-            gradient = classifier_log_prob_grad(classifier, sample / norm, classifier_timestep, class_ids, dtype)
-            if variance_of_step is not None:
-                return prediction, self._guidance_scale * variance_of_step(i, variance) * gradient
-            scale = self._guidance_scale * x0_gain(abar)
-            if clips_first:
-                return prediction, scale * ddim_step_gain(scheduler, timestep, eta) * gradient
-            conditional = prediction + scale * prediction_gain(kind, alpha, sigma, sigma_data) * gradient
-            if guider is None:
-                return conditional, None
-            guider.set_state(step=i, num_inference_steps=len(timestep_values), timestep=timestep)
-            return guider(guider.prepare_inputs({"noise_pred": (conditional, prediction)})).pred, None
+    classes = num_classes(unet)
+    if class_ids is None:
+        if classes is not None and null_label(unet) is None:
+            raise ValueError(
+                "`class_labels` is None, but `unet` is class-conditional and has to be told what to draw. Give "
+                f"ids from 0 to {classes - 1}."
+            )
+        return
+    if guidance_scale != 0:
+        _check_guidance(unet, classifier, components.guider)
+    limits = [limit for limit in (classes, classifier and classifier.config.num_classes) if limit is not None]
+    if limits:
+        check_class_ids(class_ids, min(limits))
 
-        return guide
+
+def _check_low_res(unet: torch.nn.Module, low_res: torch.Tensor | None, batch_size: int) -> None:
+    channels = unet.config.get("low_res_channels", 0)
+    if (low_res is None) != (channels == 0):
+        raise ValueError(
+            "`low_res` is missing: `unet` enlarges images, and has to be given them."
+            if low_res is None
+            else "`low_res` was given, but `unet` does not enlarge images (`low_res_channels` is 0)."
+        )
+    if low_res is not None and (low_res.ndim != 4 or low_res.shape[:2] != (batch_size, channels)):
+        raise ValueError(
+            f"`low_res` has shape {tuple(low_res.shape)}; it must be ({batch_size}, {channels}, height, width)."
+        )
+
+
+def _check_guidance(unet: torch.nn.Module, classifier: torch.nn.Module | None, guider: BaseGuidance | None) -> None:
+    if classifier is None:
+        raise ValueError(
+            "`class_labels` ask for guidance, but the pipeline has no `classifier`. Construct it with one, set "
+            "`pipe.classifier`, or leave `class_labels` None"
+            + (" or `guidance_scale` 0." if num_classes(unet) is not None else ".")
+        )
+    if classifier.config.in_channels != image_channels(unet):
+        raise ValueError(
+            f"`classifier` looks at {classifier.config.in_channels} channels, but `unet` draws "
+            f"{image_channels(unet)}; the two must be trained on the same images."
+        )
+    if height_width(classifier.config.sample_size) != height_width(unet.config.sample_size):
+        raise ValueError(
+            f"`classifier` was trained on images of {classifier.config.sample_size} pixels, `unet` on "
+            f"{unet.config.sample_size}; the two must be trained on the same images."
+        )
+    if any(parameter.is_inference() for parameter in classifier.parameters()):
+        raise ValueError(
+            "`classifier` was made inside `torch.inference_mode()`, so nothing can be differentiated through it. "
+            "Load the pipeline outside; calling it inside is fine."
+        )
+    if guider is not None and (
+        guider._input_predictions != ["pred_cond", "pred_uncond"]
+        or type(guider).prepare_models is not BaseGuidance.prepare_models
+    ):
+        raise ValueError(
+            f"`guider` {type(guider).__name__} compares the network with a weakened copy of it, not two "
+            "predictions. Use one for classifier-free guidance, such as `ClassifierFreeGuidance`."
+        )

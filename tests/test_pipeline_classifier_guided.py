@@ -423,10 +423,21 @@ def test_guiders_of_diffusers(guider):
     images = draw(pipe, num_inference_steps=5)
     assert np.isfinite(images).all()
     np.testing.assert_array_equal(draw(pipe, num_inference_steps=5), images)  # no state is left from the first run
+    assert guider.get_state()["step"] is None
     pipe.guider = None
     assert not np.array_equal(draw(pipe, num_inference_steps=5, guidance_scale=1.0), images)
     if guider is GUIDERS[0]:
         np.testing.assert_allclose(draw(pipe, num_inference_steps=5, guidance_scale=3.0), images, atol=1e-5)
+
+
+def test_guider_with_a_memory_inside_an_interval():
+    momentum = {"guidance_scale": 3.0, "adaptive_projected_guidance_momentum": -0.5}
+    inside = {"num_inference_steps": 5, "guidance_interval": (0.4, 1.0)}  # without the first step, where it begins
+    pipe = tiny_pipe(guider=diffusers.AdaptiveProjectedGuidance(**momentum))
+    images = draw(pipe, **inside)
+    np.testing.assert_array_equal(draw(pipe, **inside), images)
+    pipe.guider = diffusers.AdaptiveProjectedGuidance(guidance_scale=3.0)
+    assert not np.array_equal(draw(pipe, **inside), images)
 
 
 # Labels
