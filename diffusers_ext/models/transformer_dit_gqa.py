@@ -356,6 +356,22 @@ class GQADiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
 
         return from_single_file(cls, pretrained_model_link_or_path, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in diffusers, with weights at addresses like those that torch chooses: last bits of sums depend on it."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        for x in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
+            # Subclasses of `Parameter` are quantised, without an address of their own.
+            if type(x) is nn.Parameter and x.device.type == "cpu" and x.data_ptr() % 64 and not x.is_inference():
+                x.data = x.data.clone()
+        return loaded
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix: str | None = None, **kwargs) -> None:
+        """As in diffusers, and without options what `save_lora_adapter` wrote: safetensors, names without a prefix."""
+        if "use_safetensors" not in kwargs:
+            kwargs.setdefault("weight_name", "pytorch_lora_weights.safetensors")
+        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix, **kwargs)
+
     def forward(
         self,
         sample: torch.Tensor,
@@ -481,7 +497,13 @@ class GQADiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, CacheMix
             last = config.num_class_embeds + config.null_class - 1
             for label in (class_labels.min().item(), class_labels.max().item()):
                 if not 0 <= label <= last:
-                    raise ValueError(f"`class_labels` has {label}, outside the range of labels from 0 to {last}.")
+                    message = f"`class_labels` has {label}, outside the range of labels from 0 to {last}."
+                    if label == 1000:
+                        message += (
+                            " `DiTPipeline` says 1000 for no class, whatever the network: guide with "
+                            "`ClassConditionalPipeline`, or draw with `guidance_scale=1`."
+                        )
+                    raise ValueError(message)
         return timestep, class_labels
 
 

@@ -814,6 +814,22 @@ class ComposableUNet2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapter
         self.conv_norm_out = _norm(config, channels)
         self.conv_out = _zero(nn.Conv2d(channels, out_channels, 3, padding=1))
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in diffusers, with weights at addresses like those that torch chooses: last bits of sums depend on it."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        for x in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
+            # Subclasses of `Parameter` are quantised, without an address of their own.
+            if type(x) is nn.Parameter and x.device.type == "cpu" and x.data_ptr() % 64 and not x.is_inference():
+                x.data = x.data.clone()
+        return loaded
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix: str | None = None, **kwargs) -> None:
+        """As in diffusers, and without options what `save_lora_adapter` wrote: safetensors, names without a prefix."""
+        if "use_safetensors" not in kwargs:
+            kwargs.setdefault("weight_name", "pytorch_lora_weights.safetensors")
+        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix, **kwargs)
+
     def forward(
         self,
         sample: torch.Tensor,
