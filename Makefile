@@ -16,7 +16,7 @@ sample: $(READY)
 
 test: $(READY) $(TORCHAO)
 	$(BIN)/python -m pytest --quiet --numprocesses $(WORKERS)
-	PYTHONPATH=$(TORCHAO) $(BIN)/python -m pytest --quiet -k torchao tests/test_interoperability.py
+	PYTHONPATH=$(TORCHAO) $(BIN)/python -m pytest --quiet -k quantised tests/test_interoperability.py
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest --quiet --numprocesses $(WORKERS) -m slow --timeout 3600

@@ -121,12 +121,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         deviation = max((row["d3"] for row in passed), default=float("nan"))
         lines.append(f"| {description} | {', '.join(names)} | {len(passed)} | {deviation:.0e} |")
 
-    lines += ["", "Refused with an error that names the reason and an alternative, before any network is run:", ""]
     by_reason = sorted(REFUSED_SCHEDULERS.items(), key=lambda item: (item[1][0], item[0]))
+    refused = []
     for reason, group in itertools.groupby(by_reason, key=lambda item: item[1][0]):
         names = [name.removesuffix("Scheduler") for name, _ in group]
-        lines.append(f"- {', '.join(names)}: {reason}.")
-    return "\n".join(lines)
+        refused.append(f"{', '.join(names)} ({reason})")
+    lines += ["", "Refused before any network is run, with an error that names the reason and an alternative:"]
+    return "\n".join([*lines, "; ".join(refused) + "."])
 
 
 def main(

@@ -1,4 +1,4 @@
-"""The `diffusers-ext` command: `train unet`, `train classifier`, `sample`, `evaluate`, `convert`, `inspect`."""
+"""The `diffusers-ext` command: train, sample, evaluate, convert, inspect, card, export, push, pull."""
 
 import argparse
 import difflib
@@ -45,6 +45,10 @@ class Convert:
     """names of the classes: text, one per line, or .json"""
     overwrite: bool = False
     """replace the folder if it is not empty"""
+    license: str | None = None
+    """licence of the original weights, as the Hub names it, such as mit or cc-by-nc-4.0; known for released presets"""
+    base_model: str | None = None
+    """where the original weights come from: a Hub id, or an address"""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,80 @@ class Inspect:
     """of weights and images; by default that of the weights in a folder, else float32"""
     effective: Literal["auto", "always", "never"] = "auto"
     """whether to measure the effective receptive field, which needs weights: auto where it takes seconds"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """Write the model card of a folder anew, keeping what people wrote in it."""
+
+    model: tyro.conf.Positional[str]
+    """folder of a pipeline, model, adapter or training run, or a Hub id, whose card goes to --output"""
+    license: str | None = None
+    """licence of the weights, as the Hub names it, such as apache-2.0 or cc-by-nc-4.0"""
+    base_model: str | None = None
+    """model that these weights come from: a Hub id, or an address"""
+    datasets: tuple[str, ...] | None = None
+    """data sets that the weights were trained on, by Hub name"""
+    samples: bool | None = None
+    """draw the grid of samples anew, or never; by default where it is missing"""
+    check: bool = False
+    """change nothing; print the difference and fail if the card is not up to date"""
+    output: Path | None = None
+    """file to write instead of the folder's README.md"""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a folder that is exactly what `push` would upload."""
+
+    model: tyro.conf.Positional[str]
+    """folder of a pipeline, model, adapter or training run, or a Hub id"""
+    folder: tyro.conf.Positional[Path]
+    """folder to write, or an earlier export to bring up to date"""
+    self_contained: bool = False
+    """bring the code along, so that the pipeline loads with trust_remote_code=True where diffusers_ext is missing"""
+    variant: str | None = None
+    """which weights to take, such as fp16 for diffusion_pytorch_model.fp16.safetensors"""
+
+
+@dataclass(frozen=True)
+class Push:
+    """Upload a model to the Hugging Face Hub as one commit, with a model card."""
+
+    model: tyro.conf.Positional[str]
+    """folder of a pipeline, model, adapter or training run"""
+    repo_id: tyro.conf.Positional[str]
+    """repository, such as me/my-model; made if it is not there"""
+    self_contained: bool = False
+    """bring the code along, so that the pipeline loads with trust_remote_code=True where diffusers_ext is missing"""
+    private: bool = False
+    """make the repository private, if it has to be made"""
+    revision: str | None = None
+    """branch to write to, by default main; made if it is not there"""
+    commit_message: str | None = None
+    """by default it names what is uploaded"""
+    create_pr: bool = False
+    """open a pull request instead of writing to the branch"""
+    variant: str | None = None
+    """which weights to take, such as fp16"""
+    token: str | None = None
+    """access token; better: `hf auth login`, or the environment variable HF_TOKEN, which no shell history keeps"""
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Download a model from the Hugging Face Hub, checked file by file, and print where it lies."""
+
+    repo_id: tyro.conf.Positional[str]
+    """repository, such as me/my-model"""
+    folder: tyro.conf.Positional[Path | None] = None
+    """folder to write; by default the model stays in the cache that diffusers loads from"""
+    revision: str | None = None
+    """branch, tag or commit"""
+    variant: str | None = None
+    """which weights to take, such as fp16"""
+    token: str | None = None
+    """access token; better: `hf auth login`, or the environment variable HF_TOKEN, which no shell history keeps"""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -106,6 +184,10 @@ def _run(command: object) -> None:
         from diffusers_ext.evaluation.evaluate import evaluate
 
         evaluate(command)
+    elif isinstance(command, Card):
+        print(_write_card(command))
+    elif isinstance(command, Export | Push | Pull):
+        print(_transfer(command))
     elif command.dry_run:
         from diffusers_ext.training.dry_run import describe
 
@@ -114,6 +196,36 @@ def _run(command: object) -> None:
         from diffusers_ext.training.loop import train
 
         train(command)
+
+
+def _write_card(command: Card) -> Path:
+    from diffusers_ext.cards import regenerate
+    from diffusers_ext.hub.loading import open_folder
+
+    is_local = Path(command.model).expanduser().is_dir()
+    folder = open_folder(command.model)
+    if not is_local and command.output is None and not command.check:
+        raise ValueError(
+            f"`output` is missing: {command.model!r} is on the Hub, whose card `push` writes. Name the file to write."
+        )
+    options = asdict(command) | {"model": folder}
+    if not is_local:
+        options |= {"repo_id": command.model, "samples": False}
+    return regenerate(**options)
+
+
+def _transfer(command: Export | Push | Pull) -> object:
+    """Where the model is now: a folder, or an address on the Hub."""
+    from diffusers_ext import hub
+    from diffusers_ext.hub.loading import open_folder
+
+    options = asdict(command)
+    if isinstance(command, Export):
+        return hub.export(open_folder(options.pop("model")), **options)
+    if isinstance(command, Push):
+        commit = hub.push(options.pop("model"), **options)
+        return commit.pr_url or commit.repo_url
+    return hub.pull(**options)
 
 
 def _parse(args: list[str]) -> object:
@@ -159,6 +271,10 @@ def _commands(defaults: dict[str, TrainingConfig]) -> type:
         | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+        | Annotated[Card, tyro.conf.subcommand("card")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Push, tyro.conf.subcommand("push")]
+        | Annotated[Pull, tyro.conf.subcommand("pull")]
     )
 
 

@@ -1,4 +1,4 @@
-"""Makes the classes of this package loadable by name through diffusers.
+"""Makes the classes of this package loadable by name through diffusers, and their uploads what `hub.push` makes.
 
 The only file that touches names which diffusers does not document. What it relies on, checked with diffusers 0.42:
 
@@ -6,14 +6,23 @@ The only file that touches names which diffusers does not document. What it reli
   `save_pretrained` writes the plain library name for those, and the Hub is refused any other.
 - `DiffusionPipeline.from_pretrained` looks a pipeline up as an attribute of the module `diffusers`, and
   `AutoModel.from_pretrained` a model whose folder stands alone.
+- `diffusers.pipelines.auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING` lists what `AutoPipelineForText2Image` loads.
+- A class reads its index or config with its method `_dict_from_json_file`. `DiffusionPipeline.from_pretrained` reads
+  the index of a pipeline itself, and then calls `extract_init_dict` of the class that it names.
+- `push_to_hub`, like `save_pretrained` with `push_to_hub=True`, uploads what it has saved with `_upload_folder`.
 """
 
 import functools
+import os
 import warnings
+from pathlib import Path
+from typing import Any
 
 import diffusers
+from diffusers.utils import PushToHubMixin
 
 import diffusers_ext
+from diffusers_ext.pipelines.modular_steps import ModularIndex
 
 
 LIBRARY = "diffusers_ext"
@@ -42,6 +51,12 @@ def register() -> None:
                 "the wrong one. Upgrade diffusers_ext, or install an earlier diffusers."
             )
         setattr(diffusers, name, own_class)
+        if issubclass(own_class, diffusers.ModelMixin | diffusers.DiffusionPipeline):
+            own_class._dict_from_json_file = classmethod(_read_config)
+            own_class._upload_folder = _upload_folder
+        if issubclass(own_class, diffusers.DiffusionPipeline):
+            own_class.extract_init_dict = classmethod(_read_index)
+    ModularIndex._dict_from_json_file = classmethod(_read_config)
 
     try:
         from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
@@ -54,6 +69,85 @@ def register() -> None:
         )
     else:
         LOADABLE_CLASSES[LIBRARY] = LOADING_METHODS
+
+    try:
+        from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+    except ImportError:
+        _warn_once(
+            f"diffusers {diffusers.__version__} has moved the table `AUTO_TEXT2IMAGE_PIPELINES_MAPPING`, so "
+            "`AutoPipelineForText2Image` does not know `ClassConditionalPipeline`; `DiffusionPipeline` does."
+        )
+    else:
+        AUTO_TEXT2IMAGE_PIPELINES_MAPPING[LIBRARY] = diffusers_ext.ClassConditionalPipeline
+
+
+def _read_config(own_class: type, json_file: str | os.PathLike) -> dict[str, Any]:
+    """Reads the index or config of a repository, checked, and of a self-contained one as if it had no code.
+
+    So our classes load such a repository with their installed code, and are not asked whether to trust another.
+
+    Raises:
+        UnsafeRepositoryError: for an index or config that names what no model is made of.
+    """
+    from diffusers_ext.hub.flattening import plain_config, plain_index
+    from diffusers_ext.hub.safety import check_config, check_folder, check_index, parse_json, taken_from_beside
+
+    path = Path(json_file)
+    content = parse_json(path, path)
+    if path.name == own_class.config_name:
+        check_folder(path.parent)  # while a repository is being downloaded, what has come of it
+    if issubclass(own_class, diffusers.ModelMixin):
+        check_config(content, path)
+        return plain_config(content)
+    if own_class is ModularIndex:
+        content = taken_from_beside(content, path.parent)
+    check_index(content, path)
+    plain = plain_index(content)
+    if own_class is not ModularIndex and isinstance(plain["_class_name"], list):
+        # Where the code is not in the repository, diffusers would run a community pipeline of that name, unasked.
+        plain["_class_name"] = own_class.__name__
+    return plain
+
+
+def _read_index(own_class: type, config_dict: dict[str, Any], **options) -> Any:
+    """Checks the index of a repository before a component is loaded: `DiffusionPipeline` reads it by itself, and hands
+    it to the class that it names."""
+    from diffusers_ext.hub.safety import check_index
+
+    check_index(config_dict, f"The index of {own_class.__name__}")
+    return diffusers.DiffusionPipeline.extract_init_dict.__func__(own_class, config_dict, **options)
+
+
+def _upload_folder(
+    model: diffusers.ModelMixin | diffusers.DiffusionPipeline,
+    working_dir: str | os.PathLike,
+    repo_id: str,
+    token: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    subfolder: str | None = None,
+) -> Any:
+    """Uploads a folder that diffusers has saved as `hub.push` does: with a card that has contents, in one commit.
+
+    Into a `subfolder` of a repository it goes as diffusers would have it, without a card.
+    """
+    if subfolder:
+        return PushToHubMixin._upload_folder(
+            model, working_dir, repo_id, token, commit_message, create_pr, subfolder=subfolder
+        )
+    from diffusers_ext.cards import write_card
+    from diffusers_ext.hub.export import tidy
+    from diffusers_ext.hub.remote import upload
+
+    tidy(Path(working_dir))
+    write_card(working_dir, repo_id=repo_id)
+    return upload(
+        working_dir,
+        repo_id,
+        commit_message=commit_message or f"Upload {type(model).__name__}",
+        create_pr=create_pr,
+        token=token,
+    )
 
 
 @functools.cache

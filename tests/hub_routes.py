@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import re
+from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import parse_qs, unquote
 
@@ -417,12 +418,14 @@ def add_upload_routes(app: FastAPI, hub: "HubServer") -> None:
     @app.post(REPOSITORY + "/preupload/{revision}")
     def preupload(repository: Writable, revision: str, data: Json):
         present = repository.commits[repository.resolve(unquote(revision))].files
+        ignored = present[".gitignore"].content.decode().split() if ".gitignore" in present else []
         entries = []
         for file in data["files"]:
             path = file["path"]
+            ignore = any(fnmatch(path.rpartition("/")[2], pattern) for pattern in ignored)
             mode = "lfs" if is_lfs(path, file["size"], base64.b64decode(file["sample"])) else "regular"
             oid = present[path].etag if path in present else None
-            entries.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            entries.append({"path": path, "uploadMode": mode, "shouldIgnore": ignore, "oid": oid})
         return {"files": entries}
 
     @app.post(f"/{LFS}/batch")

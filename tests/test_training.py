@@ -7,13 +7,11 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -542,26 +540,3 @@ def test_a_repository_that_cannot_be_made_is_told_before_the_training(tmp_path, 
     with pytest.raises(ValueError, match="`push_to_hub`: the repository 'me/digits' cannot be made .*hf auth login"):
         train(config)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-def test_a_finished_run_is_published_without_its_checkpoints(tmp_path, monkeypatch):
-    """The client's two calls are recorded in place of a server."""
-    calls = {}
-
-    class Api:
-        endpoint = "https://hub"
-
-        def create_repo(self, name, **options):
-            calls["create"] = (name, options)
-            return SimpleNamespace(repo_id=name)
-
-        def upload_folder(self, *, repo_id, folder_path, ignore_patterns, **options):
-            files = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*")]
-            calls["files"] = set(filter_repo_objects(files, ignore_patterns=ignore_patterns))
-
-    monkeypatch.setattr("diffusers_ext.training.tasks.HfApi", Api)
-    config = replace(TINY_UNET, max_train_steps=2, output_dir=str(tmp_path), report_to="tensorboard")
-    train(replace(config, push_to_hub=True, hub_model_id="me/digits", hub_private_repo=True))
-    assert calls["create"] == ("me/digits", {"private": True, "exist_ok": True})
-    assert {"README.md", "model_index.json", "unet/config.json", "samples/0000002.png"} <= calls["files"]
-    assert not [name for name in calls["files"] if name.startswith(("checkpoint", "logs/"))]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from diffusers_ext.evaluation.estimates import Estimate, proportion
 from diffusers_ext.evaluation.networks import TransformersNetwork, open_transformers
+from diffusers_ext.hub.loading import open_folder
 
 
 @torch.no_grad()
@@ -39,13 +40,14 @@ def clip_score(
 
     if len(images) != len(captions) or not len(images):
         raise ValueError(f"`captions` holds {len(captions)} for {len(images)} images; there must be one for each.")
-    clip, processing, _ = open_transformers(model)
+    folder = open_folder(model)
+    clip, processing, _ = open_transformers(folder)
     if not (hasattr(clip, "get_image_features") and hasattr(clip, "get_text_features")):
         raise ValueError(
             f"`model` ({str(model)!r}) is a {type(clip).__name__}; it must compare images with text, as "
             "CLIPModel does."
         )
-    clip, tokenizer = clip.to(device), AutoTokenizer.from_pretrained(model)
+    clip, tokenizer = clip.to(device), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     vision = TransformersNetwork(clip, "clip", processing).to(device)
     length = clip.config.text_config.max_position_embeddings
     scores = []

@@ -15,6 +15,7 @@ import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 import diffusers_ext  # noqa: F401  for `DiffusionPipeline` to find our classes
+from diffusers_ext.hub.loading import load_pipeline
 from diffusers_ext.sampling import ClassNames, num_classes
 from diffusers_ext.training.config import named_values
 
@@ -114,14 +115,8 @@ def open_pipeline(config: DrawingOptions) -> DiffusionPipeline:
     Raises:
         ValueError: when it is neither a folder of a pipeline nor on the Hub.
     """
-    folder = Path(config.model).expanduser()
-    if config.model.startswith(("/", ".", "~")) and not folder.is_dir():
-        raise ValueError(f"`model` ({config.model!r}) looks like a local folder, but there is none.")
-    if folder.is_dir() and not (folder / "model_index.json").exists():
-        raise ValueError(f"`model` ({config.model!r}) holds no pipeline: it has no model_index.json.")
-    model = str(folder) if folder.is_dir() else config.model
     try:
-        pipe = DiffusionPipeline.from_pretrained(model, dtype=getattr(torch, config.dtype))
+        pipe = load_pipeline(config.model, dtype=getattr(torch, config.dtype))
     except OSError as error:
         raise ValueError(
             f"`model` ({config.model!r}) must be the folder of a pipeline or its name on the Hub: {error}"

@@ -74,16 +74,16 @@ class ClassifierJudge(Judge):
     """
 
     def __init__(self, source: str | Path, batch_size: int = 64, device: torch.device | str = "cpu"):
-        kind, subfolder = find_model(source)
+        kind, folder = find_model(source)
         self.name, self.batch_size, self.device = short_name(source), batch_size, device
         if kind == "adm":
-            network = ADMClassifierModel.from_pretrained(source, subfolder=subfolder)
+            network = ADMClassifierModel.from_pretrained(folder, use_safetensors=True)
             self.num_classes, size = network.config.num_classes, (network.config.sample_size,) * 2
             self.read = lambda x: network(fit(x, network.config.in_channels, size, self.name), 0).logits
         else:
             from transformers import AutoModelForImageClassification
 
-            network, processing, _ = open_transformers(source, AutoModelForImageClassification)
+            network, processing, _ = open_transformers(folder, AutoModelForImageClassification)
             self.num_classes = network.config.num_labels
             vision = TransformersNetwork(network.base_model, self.name, processing).to(device)
             self.read = lambda x: network(pixel_values=vision.pixel_values(x)).logits

@@ -28,6 +28,7 @@ from diffusers_ext.evaluation.networks import short_name
 from diffusers_ext.evaluation.noise_levels import NoiseLevelReport, accuracy_by_noise_level, some_rows
 from diffusers_ext.evaluation.options import OF_FEATURES, EvaluateConfig, classifier_folder, data_config
 from diffusers_ext.evaluation.samples import Samples
+from diffusers_ext.hub.loading import open_folder
 from diffusers_ext.models import ADMClassifierModel
 from diffusers_ext.sampling import height_width, image_channels, num_classes
 from diffusers_ext.training.data import Batch, ImageData, open_data
@@ -189,9 +190,9 @@ def measure_classifier(
             process = DDPMScheduler()
     else:
         folder = classifier_folder(config.model)
-        classifier = ADMClassifierModel.from_pretrained(folder).to(device)
+        classifier = ADMClassifierModel.from_pretrained(open_folder(folder), use_safetensors=True).to(device)
         beside = folder.parent / "scheduler"
-        process = DDPMScheduler.from_pretrained(beside) if beside.is_dir() else DDPMScheduler()
+        process = DDPMScheduler.from_pretrained(open_folder(beside)) if beside.is_dir() else DDPMScheduler()
     size, channels = classifier.config.sample_size, classifier.config.in_channels
     options = {"sample_size": size, "channels": channels, "need_labels": True}
     data = open_data(data_config(config), config.reference_split, **options)

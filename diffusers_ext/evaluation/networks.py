@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diffusers_ext.hub.loading import open_folder
 from diffusers_ext.models import ADMClassifierModel
 
 
@@ -144,30 +145,31 @@ def load_network(source: str | Path | nn.Module, device: torch.device | str = "c
         known = ClassifierNetwork if isinstance(source, ADMClassifierModel) else TransformersNetwork
         return known(copy.deepcopy(source), name).to(device)
 
-    kind, subfolder = find_model(source)
+    kind, folder = find_model(source)
     name = short_name(source)
     if kind == "adm":
-        return ClassifierNetwork(ADMClassifierModel.from_pretrained(source, subfolder=subfolder), name).to(device)
-    return _transformers_network(source, name).to(device)
+        return ClassifierNetwork(ADMClassifierModel.from_pretrained(folder, use_safetensors=True), name).to(device)
+    return _transformers_network(source, folder, name).to(device)
 
 
-def find_model(source: str | Path) -> tuple[Literal["adm", "transformers"], str | None]:
-    """What kind of model a folder or Hub repository holds, and in which folder of it.
+def find_model(source: str | Path) -> tuple[Literal["adm", "transformers"], Path]:
+    """What kind of model a folder or Hub repository holds, and its local folder.
 
     Raises:
         ValueError: when it is neither an [`ADMClassifierModel`], nor a pipeline with one, nor a model of transformers.
     """
     reason = "there is a config.json, but of another kind"
-    for subfolder in (None, "classifier"):
+    root = open_folder(source, argument="source")
+    for folder in (root, root / "classifier"):
         try:
-            config = ADMClassifierModel.load_config(source, subfolder=subfolder)
+            config = ADMClassifierModel.load_config(folder)
         except (OSError, ValueError) as error:
             reason = error
             continue
         if config.get("_class_name") == "ADMClassifierModel":
-            return "adm", subfolder
+            return "adm", folder
         if "model_type" in config:
-            return "transformers", subfolder
+            return "transformers", folder
     raise ValueError(
         f"{str(source)!r} holds no network that looks at images: it must be a folder or Hub id of an "
         f"ADMClassifierModel, of a pipeline with one, or of a vision model of transformers ({reason})."
@@ -187,7 +189,11 @@ def open_transformers(source: str | Path, auto_class: Any = None) -> tuple[nn.Mo
     from transformers import AutoModel
     from transformers.image_processing_utils import BaseImageProcessor
 
-    model, info = (auto_class or AutoModel).from_pretrained(source, output_loading_info=True, dtype=torch.float32)
+    folder = open_folder(source, argument="source")
+    # Without a word on code of the repository, transformers asks for consent on the terminal.
+    model, info = (auto_class or AutoModel).from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
     pooling = [key for key in info["missing_keys"] if "pooler" in key]
     lacking = [key for key in info["missing_keys"] if key not in pooling]
     if lacking:
@@ -196,14 +202,14 @@ def open_transformers(source: str | Path, auto_class: Any = None) -> tuple[nn.Mo
             "a checkpoint that holds them."
         )
     try:
-        processing, _ = BaseImageProcessor.get_image_processor_dict(source)
+        processing, _ = BaseImageProcessor.get_image_processor_dict(folder)
     except OSError:
         processing = None
     return model.eval(), processing, not pooling
 
 
-def _transformers_network(source: str | Path, name: str) -> TransformersNetwork:
-    model, processing, pooled = open_transformers(source)
+def _transformers_network(source: str | Path, folder: Path, name: str) -> TransformersNetwork:
+    model, processing, pooled = open_transformers(folder)
     try:
         return TransformersNetwork(model, name, processing, pooled)
     except (TypeError, AttributeError, ValueError) as error:

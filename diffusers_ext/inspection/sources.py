@@ -19,6 +19,7 @@ import diffusers
 from diffusers import ModelMixin
 
 import diffusers_ext
+from diffusers_ext.hub.safety import check_config, parse_json
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def _config_source(name: str, config: dict[str, Any]) -> Source:
             f"`models` has {name!r}, whose config names {class_name!r}: only models of diffusers and of diffusers_ext "
             "are inspected, and no code of others is run."
         )
+    check_config(config, f"`models` has {name!r}, whose config")
     return Source(name, model_class, config)
 
 
@@ -172,10 +174,7 @@ def _fetch_json(repository: str, file: str) -> dict[str, Any] | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"`models`: {path} is not JSON ({error}).") from None
+    content = parse_json(path, f"`models`: {path}")
     if not isinstance(content, dict):
         raise ValueError(f"`models`: {path} holds no object with the options of a model.")
     return content

@@ -6,7 +6,6 @@ Shapes: B captions, T tokens of each, D their width.
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from diffusers_ext.hub.loading import open_folder
 from diffusers_ext.sampling import MAX_TEXT_LENGTH, encode_text, max_text_length, text_dim
 
 
@@ -55,22 +55,23 @@ class CaptionEncoder:
         """Loads tokenizer and text encoder, of CLIP, T5 and their like the part that reads text, in float32.
 
         Args:
-            name_or_path: folder or Hub name of a model of transformers, or folder of a pipeline that has both.
+            name_or_path: folder or Hub name of a model of transformers, or of a pipeline that has both.
             max_length: see [`CaptionEncoder`].
-            options: of `from_pretrained` of both, such as `revision`.
+            options: `revision` and `token` of a repository.
 
         Raises:
             ValueError: when nothing loads, or what loads is no text encoder.
         """
-        folder = Path(name_or_path)
+        folder = open_folder(name_or_path, argument="text_encoder", **options)
         in_pipeline = (folder / "text_encoder").is_dir() and (folder / "tokenizer").is_dir()
-        encoder = str(folder / "text_encoder") if in_pipeline else name_or_path
-        tokenizer = str(folder / "tokenizer") if in_pipeline else name_or_path
+        encoder = folder / "text_encoder" if in_pipeline else folder
+        tokenizer = folder / "tokenizer" if in_pipeline else folder
         try:
-            config = AutoConfig.from_pretrained(encoder, **options)
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer, **options)
+            # Without a word on code of the repository, transformers asks for consent on the terminal.
+            config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
             model_class = _text_model_class(config)
-            text_encoder = model_class.from_pretrained(encoder, dtype=torch.float32, **options)
+            text_encoder = model_class.from_pretrained(encoder, dtype=torch.float32, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"`text_encoder` {name_or_path!r} did not load: {error} Give the folder or Hub name of a text encoder "

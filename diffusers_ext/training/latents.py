@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from diffusers import AutoencoderKL
 
+from diffusers_ext.hub.loading import open_folder
 from diffusers_ext.training.buckets import Buckets
 from diffusers_ext.training.config import TrainingConfig
 from diffusers_ext.training.data import ImageData, Plan
@@ -59,7 +60,8 @@ def open_latents(config: TrainingConfig, source: Source, *, sample_size: int, ch
                 "of one size, from rows that can be read by number. Leave it at its default."
             )
     try:
-        vae = AutoencoderKL.from_pretrained(config.vae, torch_dtype=torch.float32)
+        folder = open_folder(config.vae, argument="vae")
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"`vae` ({config.vae!r}) is no AutoencoderKL that can be loaded: {error}") from error
     if vae.config.latent_channels != channels:

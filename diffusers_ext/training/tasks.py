@@ -6,10 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 import torch.nn.functional as F
-from huggingface_hub import HfApi
 from PIL import Image
 from torch import nn
 
@@ -25,6 +23,11 @@ from diffusers import (
 
 from diffusers_ext.cards import write_training_card
 from diffusers_ext.evaluation.noise_levels import accuracy_by_noise_level
+from diffusers_ext.hub.export import forget_folders, read_json
+from diffusers_ext.hub.flattening import our_class
+from diffusers_ext.hub.loading import load_pipeline, open_folder
+from diffusers_ext.hub.remote import create_repository, push
+from diffusers_ext.hub.safety import UnsafeRepositoryError, redact
 from diffusers_ext.models import PRESETS
 from diffusers_ext.pipelines import ClassConditionalPipeline, ClassifierGuidedPipeline
 from diffusers_ext.training.captions import CaptionEncoder
@@ -33,11 +36,6 @@ from diffusers_ext.training.critics import Critics
 from diffusers_ext.training.data import Batch, ImageData, open_data
 from diffusers_ext.training.objectives import Objective, build_scheduler
 from diffusers_ext.training.process import ForwardProcess, exact_betas
-
-
-# What the upload of a run folder leaves out: what only resuming needs, and what tells about the machine.
-UNPUBLISHED = ["checkpoint-*", "abandoned-*", "unfinished-*", "latents/*", "posthoc_ema/*", "logs/*", "wandb/*"]
-UNPUBLISHED += ["config.json", ".*"]
 
 
 class Task:
@@ -138,16 +136,12 @@ class Task:
         """
         pipeline = self.pipeline(model)
         if pipeline is None:
-            parts = {self.name: model}
             model.save_pretrained(output_dir / self.name)
             self.scheduler.save_pretrained(output_dir / "scheduler")
         else:
-            parts = pipeline.components
-            for part in parts.values():
-                forget_folder(part)
             pipeline.save_pretrained(output_dir)
-        ours = {name: part for name, part in parts.items() if type(part).__module__.startswith("diffusers_ext.")}
-        write_training_card(output_dir, self.config, ours, pipeline, steps=steps, images_per_step=images_per_step)
+        forget_folders(output_dir)
+        write_training_card(output_dir, self.config, steps=steps, images_per_step=images_per_step)
 
     def create_repository(self) -> str:
         """Make the repository to publish to, if it is not there, and return its full name.
@@ -157,24 +151,33 @@ class Task:
         """
         name = self.config.hub_model_id or Path(self.config.output_dir).resolve().name
         try:
-            return HfApi().create_repo(name, private=self.config.hub_private_repo, exist_ok=True).repo_id
-        except (OSError, httpx.HTTPError) as error:
-            reason = str(error).strip().splitlines()[0]
+            return create_repository(name, private=self.config.hub_private_repo)
+        except (OSError, ValueError) as error:
             raise ValueError(
-                f"`push_to_hub`: the repository {name!r} cannot be made ({reason}). Log in "
-                "with `hf auth login`, choose another `hub_model_id`, or leave `push_to_hub` out and upload later."
+                f"`push_to_hub`: the repository {redact(repr(name))} cannot be made ({error}). Log in with "
+                "`hf auth login`, choose another `hub_model_id`, or leave `push_to_hub` out and upload later."
             ) from error
 
     def publish(self, output_dir: Path) -> str:
-        """Upload the finished run folder without its checkpoints; returns the address."""
-        api, repository = HfApi(), self.create_repository()
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=output_dir,
-            commit_message=f"Train {self.model_class.__name__} with diffusers_ext",
-            ignore_patterns=UNPUBLISHED,
-        )
-        return f"{api.endpoint}/{repository}"
+        """Upload the finished run folder without its checkpoints; returns the address.
+
+        Raises:
+            ValueError: when that fails; the run is saved all the same.
+        """
+        name = self.config.hub_model_id or output_dir.resolve().name
+        try:
+            info = push(
+                output_dir,
+                name,
+                private=self.config.hub_private_repo,
+                commit_message=f"Train {self.model_class.__name__} with diffusers_ext",
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"`push_to_hub`: {error} The run is saved in {output_dir}; `diffusers-ext push {output_dir} {name}` "
+                "uploads it."
+            ) from error
+        return str(info.repo_url)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the task beside its network."""
@@ -267,27 +270,31 @@ def load_network(name: str, components: tuple[str, ...]) -> ModelMixin:
     Raises:
         ValueError: when there is none.
     """
+    rule = (
+        f"`pretrained_model_name_or_path` ({name!r}) must be the folder or Hub name of a network, or of a pipeline "
+        f"that has one of {', '.join(components)}"
+    )
     reasons = []
-    for subfolder in (*components, None):
+    try:
+        folder = str(open_folder(name, argument="pretrained_model_name_or_path"))
+    except UnsafeRepositoryError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{rule}: {error}") from error
+    for subfolder in (*(name for name in components if Path(folder, name).is_dir()), None):
         try:
-            return AutoModel.from_pretrained(name, subfolder=subfolder, dtype=torch.float32)
+            loader = _loader(Path(folder, subfolder or ""))
+            return loader.from_pretrained(folder, subfolder=subfolder, dtype=torch.float32, use_safetensors=True)
         except (OSError, ValueError) as error:
             reasons.append(str(error).strip().splitlines()[0])
-    raise ValueError(
-        f"`pretrained_model_name_or_path` ({name!r}) must be the folder or Hub name of a network, or of a pipeline "
-        f"that has one of {', '.join(components)}: {reasons[-1]}"
-    )
+    raise ValueError(f"{rule}: {reasons[-1]}")
 
 
-def forget_folder(part: Any) -> None:
-    """Keep of the local folder that a component came from only its last name, for the config that is saved."""
-    config = getattr(part, "config", None)
-    folder = getattr(config, "_name_or_path", None)
-    if folder and Path(folder).exists():
-        if hasattr(part, "register_to_config"):
-            part.register_to_config(_name_or_path=Path(folder).name)
-        else:
-            config._name_or_path = Path(folder).name
+def _loader(folder: Path) -> type:
+    """The class of ours that the config names, whose code the folder may carry, or else `AutoModel`."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    return our_class(config.get("_class_name")) or AutoModel
 
 
 class UNetTask(Task):
@@ -320,7 +327,10 @@ class UNetTask(Task):
             self.data = open_data(data_config, config.dataset_split, sample_size=size, channels=channels, **needs)
             return
         self.data = self._open_data(config.dataset_split, **needs)
-        self.vae = None if config.vae is None else AutoencoderKL.from_pretrained(config.vae)
+        self.vae = None
+        if config.vae is not None:
+            vae = open_folder(config.vae, argument="vae")
+            self.vae = AutoencoderKL.from_pretrained(vae, use_safetensors=True)
         self.critics = Critics(
             config, channels=self._option("in_channels"), sample_size=self._option("sample_size"), device=self.device
         )
@@ -446,7 +456,7 @@ class ClassifierTask(Task):
     def _open_guided(self, name: str) -> DiffusionPipeline:
         """The pipeline whose denoiser is to be guided."""
         try:
-            pipeline = DiffusionPipeline.from_pretrained(name)
+            pipeline = load_pipeline(name, argument="unet")
         except (OSError, ValueError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"`unet` ({name!r}) must be the folder or Hub name of a pipeline: {reason}") from error

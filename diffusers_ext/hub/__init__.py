@@ -1,0 +1,8 @@
+"""Models between this machine and the Hub: `push` and `pull`, and `export` for a folder that is a repository."""
+
+from diffusers_ext.hub.client import HubError, PushConflictError
+from diffusers_ext.hub.export import export
+from diffusers_ext.hub.remote import pull, push
+
+
+__all__ = ["HubError", "PushConflictError", "export", "pull", "push"]

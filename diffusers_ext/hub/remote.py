@@ -1,0 +1,540 @@
+"""Push to the Hub and pull from it, each as a whole or not at all.
+
+`huggingface_hub` speaks to the server. Added here is what a model needs beyond that: one commit for everything that
+changed since a state that was read first, so that nobody's work is overwritten; names and contents checked before and
+after a transfer; retries of the requests that the client sends once only; and errors of one sentence with a remedy.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    hf_hub_download,
+)
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+
+from diffusers.utils import logging
+
+import diffusers_ext
+from diffusers_ext.cards import write_card
+from diffusers_ext.hub import safety
+from diffusers_ext.hub.client import (
+    COMMIT,
+    HubError,
+    PushConflictError,
+    check_repo_id,
+    check_revision,
+    check_token,
+    has_token,
+    list_files,
+    one_sentence,
+    patiently,
+    reason_of,
+    shown,
+)
+from diffusers_ext.hub.export import published_files, stage
+from diffusers_ext.hub.snapshots import INDEXES, fetch_snapshot, is_as_promised, weights_key
+
+
+logger = logging.get_logger(__name__)
+
+CARD = "README.md"
+NEW = {".gitattributes", CARD}  # what the Hub puts into a new repository
+GENERATED = re.compile(r"_[0-9a-f]{8,}\.py$")  # code that a self-contained push carries
+# Cards load what they tell of, and while diffusers loads, parameters that other threads make are without memory.
+PREPARING = threading.Lock()
+PULLED = ".pulled.json"  # what `pull` wrote into a folder
+
+
+def push(
+    pipe_or_folder: Any,
+    repo_id: str,
+    *,
+    self_contained: bool = False,
+    private: bool = False,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    variant: str | None = None,
+) -> CommitInfo:
+    """Publish a pipeline or model as one commit; makes the repository and the branch where they are missing.
+
+    Weights, indexes and code that an earlier push of the same components and variant left behind are deleted in the
+    same commit. Text that people wrote in the card on the Hub is kept.
+
+    Args:
+        pipe_or_folder: pipeline, model, modular pipeline, or the folder of one, of a training, or of a LoRA adapter.
+        repo_id: `"user/name"`, or `"name"` of the user whose token it is.
+        self_contained: carry the code as well, for people without this package; see `export`.
+        private: of a repository that is made now. An existing public one is refused instead of being published to.
+        revision: branch; None means main.
+        commit_message: first line of the commit.
+        create_pr: open a pull request instead of committing to main.
+        token: with the right to write; None takes the one that `hf auth login` stored.
+        variant: name of these weights, as in `from_pretrained(..., variant="fp16")`; others in the repository stay.
+
+    Returns:
+        The commit, with `pr_url` for a pull request; the present one where nothing has changed.
+
+    Raises:
+        ValueError: for wrong arguments, and for what must not be published: pickles, access tokens in text files, a
+            folder that is no model.
+        PushConflictError: when somebody pushed meanwhile.
+        HubError: when the Hub refuses, or does not answer after five attempts.
+    """
+    target = _read_target(repo_id, revision=revision, private=private, create_pr=create_pr, token=token)
+    is_folder = isinstance(pipe_or_folder, (str, os.PathLike))
+    name = Path(pipe_or_folder).resolve().name if is_folder else type(pipe_or_folder).__name__
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, target.repo_id.rpartition("/")[2])
+        folder.mkdir()
+        with PREPARING:
+            stage(pipe_or_folder, folder, self_contained=self_contained, variant=variant, repo_id=target.repo_id)
+        if CARD in target.files and not (folder / CARD).exists():
+            (folder / CARD).write_bytes(target.read(CARD))
+        with PREPARING:
+            write_card(folder, repo_id=target.repo_id)
+        return _upload(folder, target, commit_message or f"Push {name} with diffusers_ext")
+
+
+def upload(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+) -> CommitInfo:
+    """Upload a folder that is a repository already, as `export` or `save_pretrained` writes it.
+
+    Arguments and errors are those of `push`; hidden files and what only resuming a training needs stay behind.
+    """
+    folder = Path(folder)
+    target = _read_target(repo_id, revision=revision, private=private, create_pr=create_pr, token=token)
+    return _upload(folder, target, commit_message or f"Upload {folder.resolve().name} with diffusers_ext")
+
+
+def create_repository(repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
+    """Make a repository of models, if it is not there, and return its full name.
+
+    Args:
+        repo_id: `"user/name"`, or `"name"` of the user whose token it is.
+        private: of a new one; None or False leave that to the settings of the owner, public unless told otherwise.
+        token: with the right to write; None takes the one that `hf auth login` stored.
+
+    Raises:
+        ValueError: for a name that the Hub does not allow, and for `private` where the repository is public.
+        HubError: when the Hub refuses.
+    """
+    target = _read_target(repo_id, private=private, token=token)
+    return target.repo_id if target.head is not None else target.create().repo_id
+
+
+def pull(
+    repo_id: str,
+    folder: str | os.PathLike | None = None,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Download a model: checked before anything is fetched, and compared with the hashes that the Hub states.
+
+    Fetched are configs, tokenizers, cards, safetensors of the variant, and the code files that the index names; never
+    pickles. What is in the cache of huggingface_hub is not fetched again. A download that stops in the middle changes
+    neither `folder` nor what the branch means in the cache, and continues where it stopped.
+
+    Args:
+        repo_id: `"user/name"`.
+        folder: written as a whole; new, empty, or pulled earlier and unchanged since. None leaves the files in the
+            cache.
+        revision: branch, tag, commit or `refs/pr/1`; None means main.
+        variant: weights to fetch; components without that variant come in their plain form.
+        token: for private repositories; None takes the one that `hf auth login` stored.
+        cache_dir: cache; None means huggingface_hub's.
+        local_files_only: take what is in the cache, without a request. So does `HF_HUB_OFFLINE=1`.
+
+    Returns:
+        `folder`, or the snapshot in the cache, which is not to be written to.
+
+    Raises:
+        ValueError: for wrong arguments, and for a repository that is no model; UnsafeRepositoryError, one of them,
+            for one whose names, index or configs are not to be trusted.
+        HubError: when the Hub refuses or does not answer, and when a file has another hash than stated.
+    """
+    check_repo_id(repo_id)
+    check_revision(revision)
+    token = check_token(token)
+    if folder is not None:
+        folder = Path(folder)
+        _check_replaceable(folder)
+    source = shown(f"{repo_id}@{revision}" if revision else repo_id)
+    with one_sentence(repo_id, revision, token):
+        snapshot, files = fetch_snapshot(repo_id, source, revision, variant, token, cache_dir, local_files_only)
+    if folder is None:
+        return snapshot
+    _copy(snapshot, files, folder, repo_id)
+    return folder
+
+
+# Pushing
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where to push, and what was there when the push began."""
+
+    repo_id: str  # full name
+    branch: str
+    head: str | None  # commit that the push builds on; None when there is no repository yet
+    has_branch: bool
+    files: dict[str, RepoFile]
+    private: bool | None
+    create_pr: bool
+    token: str | bool | None
+
+    @property
+    def api(self) -> HfApi:
+        return HfApi(token=self.token, library_name="diffusers_ext", library_version=diffusers_ext.__version__)
+
+    def read(self, name: str) -> bytes:
+        """A file of the commit that the push builds on."""
+        with one_sentence(self.repo_id, self.head, self.token):
+            path = patiently(
+                lambda: hf_hub_download(self.repo_id, name, revision=self.head, token=self.token), f"reading {name}"
+            )
+        return Path(path).read_bytes()
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A config of that commit; empty when it is none, for then it only has to be replaced."""
+        try:
+            content = safety.parse_json(self.read(name), name)
+        except safety.UnsafeRepositoryError:
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def create(self) -> "_Target":
+        """The same with repository and branch made, where they were missing."""
+        with one_sentence(self.repo_id, self.branch, self.token):
+            if self.head is None:
+                made = patiently(
+                    lambda: self.api.create_repo(self.repo_id, private=self.private or None, exist_ok=True),
+                    f"creating {self.repo_id}",
+                )
+                target = _read_target(
+                    made.repo_id,
+                    revision=self.branch,
+                    private=self.private,
+                    create_pr=self.create_pr,
+                    token=self.token,
+                )
+                if target.head is None or set(target.files) - NEW:
+                    raise PushConflictError(
+                        f"{self.repo_id!r} was not there when this push began; somebody made it meanwhile. Nothing "
+                        "of yours was uploaded; look at what it holds, then push again."
+                    )
+                return target.create()
+            if not self.has_branch:
+                patiently(
+                    lambda: self.api.create_branch(
+                        self.repo_id, branch=self.branch, revision=self.head, exist_ok=True
+                    ),
+                    f"creating the branch {self.branch}",
+                )
+        return self
+
+
+def _read_target(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+) -> _Target:
+    """Check the arguments of a push, and read what the repository holds."""
+    check_repo_id(repo_id)
+    check_revision(revision)
+    branch = revision or constants.DEFAULT_REVISION
+    if COMMIT.fullmatch(branch):
+        raise ValueError(f"`revision` ({revision!r}) is a commit; pushes go to a branch. Name one, or leave it out.")
+    if create_pr and branch != constants.DEFAULT_REVISION:
+        raise ValueError(
+            f"`create_pr` opens a pull request to main, so `revision` ({revision!r}) must be left out; to add to an "
+            "open pull request, push to its `revision`, such as 'refs/pr/1', without `create_pr`."
+        )
+    token = check_token(token)
+    if not has_token(token):
+        raise HubError(
+            f"`repo_id` ({repo_id!r}) cannot be pushed to without an access token: log in with `hf auth login`, set "
+            "HF_TOKEN, or pass `token`; it needs the right to write (https://huggingface.co/settings/tokens)."
+        )
+    api = HfApi(token=token)
+    with one_sentence(repo_id, revision, token):
+        if "/" not in repo_id:
+            repo_id = f"{patiently(api.whoami, 'asking whose token it is')['name']}/{repo_id}"
+            check_repo_id(repo_id)
+        target = _Target(repo_id, branch, None, False, {}, private, create_pr, token)
+        try:
+            info = patiently(lambda: api.model_info(repo_id, timeout=60), f"reading {repo_id}")
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            return target
+        if info.id != repo_id:
+            raise HubError(
+                f"`repo_id` ({shown(repo_id)!r}) was renamed; the repository is {shown(info.id)!r} now. Push to that "
+                "name, if it is the one you mean."
+            )
+        if private and not info.private:
+            raise ValueError(
+                f"`private` is set, but {repo_id!r} exists and is public, so a push would publish the model. Make it "
+                f"private first ({api.endpoint}/{repo_id}/settings), or choose another name."
+            )
+        has_branch = True
+        if branch != constants.DEFAULT_REVISION:
+            try:
+                info = patiently(lambda: api.model_info(repo_id, revision=branch, timeout=60), f"reading {branch}")
+            except RevisionNotFoundError:
+                if branch.startswith("refs/"):
+                    raise
+                has_branch = False
+        return _Target(
+            repo_id, branch, info.sha, has_branch, list_files(api, repo_id, info.sha), private, create_pr, token
+        )
+
+
+def _upload(folder: Path, target: _Target, message: str) -> CommitInfo:
+    """Commit what differs between a folder and the state that the push builds on."""
+    if safety.find_tokens(message):
+        raise ValueError("`commit_message` holds an access token, which everybody could read. Write another.")
+    names = _checked_files(folder)
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, folder / name) for name in names
+    ]
+    target = target.create()
+    left_over = _left_over(target, folder, set(names))
+    operations += [CommitOperationDelete(name, is_folder=False) for name in left_over]
+    if left_over:
+        logger.info("Deleting what an earlier push left in %s: %s.", target.repo_id, ", ".join(left_over))
+    api = target.api
+    with one_sentence(target.repo_id, target.branch, target.token):
+        additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
+        # Large files first, by themselves: the client tries each of these requests up to six times.
+        api.preupload_lfs_files(
+            target.repo_id, additions, revision=target.branch, create_pr=target.create_pr, free_memory=False
+        )
+        info = _commit(api, target, operations, folder, names, message)
+        missing = sorted(set(names) - list_files(api, target.repo_id, info.oid).keys())
+    if missing and not (target.create_pr and info.pr_url is None):
+        raise HubError(
+            f"{target.repo_id!r} took the push without {', '.join(missing)}: a .gitignore in the repository leaves "
+            "such files out. Delete it there, and push again."
+        )
+    return info
+
+
+def _commit(
+    api: HfApi,
+    target: _Target,
+    operations: list[CommitOperationAdd | CommitOperationDelete],
+    folder: Path,
+    names: list[str],
+    message: str,
+) -> CommitInfo:
+    """One commit on top of the state that was read. A lost answer is no reason to commit twice."""
+    attempts = 0
+
+    def send() -> CommitInfo:
+        nonlocal attempts
+        attempts += 1
+        return api.create_commit(
+            target.repo_id,
+            operations,
+            commit_message=message,
+            revision=target.branch,
+            create_pr=target.create_pr,
+            parent_commit=target.head,
+        )
+
+    try:
+        if target.create_pr:  # a second attempt might open a second pull request
+            return send()
+        return patiently(send, f"committing to {target.repo_id}")
+    except HTTPError as error:
+        if target.create_pr and (not isinstance(error, HfHubHTTPError) or error.response.status_code >= 500):
+            raise HubError(
+                f"{target.repo_id!r}: the answer of the Hub got lost ({reason_of(error)}), so the pull request may be "
+                f"open or not. Look at {api.endpoint}/{target.repo_id}/discussions before you push again."
+            ) from error
+        if not isinstance(error, HfHubHTTPError):
+            raise
+        if error.response.status_code not in (409, 412):
+            raise
+        head = api.model_info(target.repo_id, revision=target.branch, timeout=60).sha
+        if attempts > 1:
+            tree = list_files(api, target.repo_id, head)
+            deleted = {operation.path_in_repo for operation in operations} - set(names)
+            if not deleted & tree.keys() and all(
+                name in tree and is_as_promised(folder / name, tree[name]) for name in names
+            ):
+                return CommitInfo(f"{api.endpoint}/{target.repo_id}/commit/{head}", message, "", head)
+        raise PushConflictError(
+            f"{target.repo_id!r} has changed since this push began: somebody pushed to {target.branch!r} meanwhile "
+            f"({target.head:.8} became {head:.8}). Nothing of yours was uploaded to that branch; look at the change, "
+            "then push again."
+        ) from error
+
+
+def _checked_files(folder: Path) -> list[str]:
+    """Names of the files that an upload takes.
+
+    Raises:
+        ValueError: for a folder that is no model, for pickles, and for text with an access token.
+    """
+    names = published_files(folder)
+    safety.check_file_names(names, folder)
+    if not any(name.endswith(".safetensors") for name in names):
+        raise ValueError(
+            f"`pipe_or_folder` ({str(folder)!r}) is no model: it must hold weights as safetensors, as "
+            "`save_pretrained`, `export` and a training write them."
+        )
+    for name in names:
+        if name.endswith(".safetensors"):
+            continue
+        if safety.find_tokens((folder / name).read_text(encoding="utf-8", errors="ignore")):
+            raise ValueError(
+                f"`pipe_or_folder`: {name} holds an access token, which everybody who may read the repository could "
+                "use. Remove it from the file; if the file was shared before, revoke the token "
+                "(https://huggingface.co/settings/tokens)."
+            )
+    return names
+
+
+def _left_over(target: _Target, folder: Path, names: set[str]) -> list[str]:
+    """Files of the repository that belong to an earlier push of the same components and variant."""
+    pushed = {key for name in names if (key := weights_key(name)) is not None}
+    parts = {part for part, _, _ in pushed} | {
+        name.rpartition("/")[0] for name in names if name.endswith("config.json")
+    }
+    gone: set[str] = set()  # components of the former pipeline that this one does not have
+    for index in INDEXES:
+        if index in names and index in target.files:
+            before, now = target.read_json(index), json.loads((folder / index).read_bytes())
+            gone |= _components(before) - _components(now)
+    other_variants = {key[0] for name in target.files if (key := weights_key(name)) and key not in pushed}
+    changed = {part for part in other_variants & parts if _has_changed(target, folder, part)}
+    is_pipeline = any(index in names for index in INDEXES)
+
+    def is_left_over(name: str) -> bool:
+        part, _, file = name.rpartition("/")
+        key = weights_key(name)
+        if part in gone or key in pushed or (key is not None and part in changed):
+            return True
+        if part:
+            return part in parts and file.endswith(".py")
+        return (is_pipeline and file == "pipeline.py") or ("config.json" in names and bool(GENERATED.search(file)))
+
+    return sorted(name for name in target.files if name not in names and is_left_over(name))
+
+
+def _components(index: dict[str, Any]) -> set[str]:
+    """Names of the components that a pipeline has, and of its options; those that are null are left out."""
+    null = {name for name, value in index.items() if isinstance(value, list) and None in value}
+    return {name for name in index if not name.startswith("_")} - null
+
+
+def _has_changed(target: _Target, folder: Path, part: str) -> bool:
+    """Whether a component is another network than in the repository, so that weights of other variants do not fit."""
+    name = f"{part}/config.json".lstrip("/")
+    if name not in target.files or not (folder / name).is_file():
+        return False
+    told = ("auto_map", "dtype", "torch_dtype", "transformers_version")
+    before, now = (
+        {key: value for key, value in config.items() if not key.startswith("_") and key not in told}
+        for config in (target.read_json(name), json.loads((folder / name).read_bytes()))
+    )
+    return before != now
+
+
+# Folders of pull
+
+
+def _check_replaceable(folder: Path) -> None:
+    """A folder that `pull` may write: new, empty, or exactly what an earlier pull wrote."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"`folder` ({str(folder)!r}) is a file; name a folder that is new, empty, or pulled earlier.")
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {PULLED}
+    if not present and not (folder / PULLED).exists():
+        return
+    reason = "was not written by `pull`"
+    if (folder / PULLED).is_file():
+        written = json.loads((folder / PULLED).read_text())["files"]
+        changed = [name for name in sorted(present) if _sha256(folder / name) != written.get(name)]
+        if not changed:
+            return
+        reason = f"holds {changed[0]}, which is not as the earlier pull left it"
+    raise ValueError(
+        f"`folder` ({str(folder)!r}) {reason}, and would be overwritten. Move it away, or pull into another folder."
+    )
+
+
+def _copy(snapshot: Path, files: Iterable[str], folder: Path, repo_id: str) -> None:
+    """Write a folder from a snapshot: beside it first, then in its place."""
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        new, old = Path(temporary, "new"), Path(temporary, "old")
+        new.mkdir()
+        written = {}
+        for name in files:
+            path = new / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(snapshot / name, path)
+            written[name] = _sha256(path)
+        record = {"repo_id": repo_id, "commit": snapshot.name, "files": written}
+        (new / PULLED).write_text(json.dumps(record, indent=2) + "\n")
+        if folder.exists():
+            folder.replace(old)
+        try:
+            new.replace(folder)
+        except OSError:
+            if old.exists():
+                old.replace(folder)
+            raise
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,90 @@
+"""`diffusers-ext push`, `pull`, `export` and `card`, as typed, against the loopback Hub."""
+
+import filecmp
+import shutil
+
+import pytest
+import torch
+
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from diffusers_ext import ClassConditionalPipeline, DilatedConvDenoiserModel
+from diffusers_ext.cli import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folder of a tiny pipeline."""
+    torch.manual_seed(0)
+    unet = DilatedConvDenoiserModel(sample_size=8, in_channels=1, hidden_channels=(8, 8), time_embedding_dim=8)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    ClassConditionalPipeline(unet=unet, scheduler=DDIMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def test_push_card_and_pull(model, tmp_path, hub, hub_token, capsys):
+    folder = tmp_path / "tiny"
+    shutil.copytree(model, folder)
+    main(["card", str(folder), "--license", "cc0-1.0", "--datasets", "ylecun/mnist"])
+    card = (folder / "README.md").read_text()
+    assert "license: cc0-1.0" in card and "- ylecun/mnist" in card
+    main(["card", str(folder), "--check"])
+
+    capsys.readouterr()
+    main(["push", str(folder), "me/typed", "--private", "--commit_message", "First digits"])
+    assert capsys.readouterr().out.strip() == f"{hub.endpoint}/me/typed"
+    main(["pull", "me/typed", str(tmp_path / "pulled")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "pulled")
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert filecmp.cmp(folder / weights, tmp_path / "pulled" / weights, shallow=False)
+    DiffusionPipeline.from_pretrained(tmp_path / "pulled")
+
+    main(["push", str(folder), "me/typed", "--revision", "next"])
+    (folder / "README.md").write_text(card + "\nDrawn by a tiny network.\n")
+    capsys.readouterr()
+    main(["push", str(folder), "me/typed", "--create-pr"])
+    assert capsys.readouterr().out.strip() == f"{hub.endpoint}/me/typed/discussions/1"
+    assert "next" in hub.branches("me/typed")
+
+
+def test_export_of_a_hub_id_with_its_code(model, tmp_path, hub, hub_token, capsys):
+    main(["push", str(model), "me/exported"])
+    main(["export", "me/exported", str(tmp_path / "alone"), "--self_contained"])
+    assert (tmp_path / "alone" / "pipeline.py").is_file()
+    DiffusionPipeline.from_pretrained(tmp_path / "alone", trust_remote_code=True)
+    main(["card", "me/exported", "--output", str(tmp_path / "card.md")])
+    assert 'from_pretrained("me/exported")' in (tmp_path / "card.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("push nowhere me/x", "nowhere"),
+        ("push {model} not/a/repo", "repo_id"),
+        ("pull me/absent", "does not exist"),
+        ("export nowhere {tmp}", "nowhere"),
+        ("card {tmp}", "model"),
+        ("card me/errors", "output"),
+        ("pull me/errors --variant fp16", "fp16"),
+    ],
+)
+def test_errors_are_one_line(line, told, model, tmp_path, hub, hub_token):
+    if "me/errors" in line:
+        main(["push", str(model), "me/errors"])
+    with pytest.raises(SystemExit) as stopped:
+        main(line.format(model=model, tmp=tmp_path).split())
+    assert told in stopped.value.code and stopped.value.code.startswith(f"diffusers-ext {line.split()[0]}: ")
+    assert len(stopped.value.code.splitlines()) == 1
+
+
+def test_a_stale_card_fails_the_check_and_shows_the_difference(model, tmp_path):
+    folder = tmp_path / "tiny"
+    shutil.copytree(model, folder)
+    main(["card", str(folder), "--samples", "False"])
+    main(["card", str(folder), "--check"])
+    path = folder / "README.md"
+    path.write_text(path.read_text().replace("DiffusionPipeline.from_pretrained", "Pipeline.load"))
+    before = path.read_text()
+    with pytest.raises(SystemExit) as stopped:
+        main(["card", str(folder), "--check"])
+    assert "Pipeline.load" in stopped.value.code and path.read_text() == before
