@@ -13,9 +13,15 @@ The only file that touches names which diffusers does not document. What it reli
 """
 
 import functools
+import importlib.abc
+import importlib.util
 import os
+import sys
 import warnings
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import diffusers
@@ -26,6 +32,7 @@ from diffusers_ext.pipelines.modular_steps import ModularIndex
 
 
 LIBRARY = "diffusers_ext"
+AUTO_PIPELINE = "diffusers.pipelines.auto_pipeline"
 LOADING_METHODS = {
     "ModelMixin": ["save_pretrained", "from_pretrained"],
     "SchedulerMixin": ["save_pretrained", "from_pretrained"],
@@ -70,15 +77,39 @@ def register() -> None:
     else:
         LOADABLE_CLASSES[LIBRARY] = LOADING_METHODS
 
-    try:
-        from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
-    except ImportError:
+    if AUTO_PIPELINE in sys.modules:
+        _register_with_auto_pipeline(sys.modules[AUTO_PIPELINE])
+    elif not any(isinstance(finder, _AutoPipelineFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AutoPipelineFinder())
+
+
+class _AutoPipelineFinder(importlib.abc.MetaPathFinder):
+    """Registers with `AutoPipelineForText2Image` once somebody imports it: its module imports all of diffusers."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != AUTO_PIPELINE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register_with_auto_pipeline(module)
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+def _register_with_auto_pipeline(module: ModuleType) -> None:
+    table = getattr(module, "AUTO_TEXT2IMAGE_PIPELINES_MAPPING", None)
+    if table is None:
         _warn_once(
             f"diffusers {diffusers.__version__} has moved the table `AUTO_TEXT2IMAGE_PIPELINES_MAPPING`, so "
             "`AutoPipelineForText2Image` does not know `ClassConditionalPipeline`; `DiffusionPipeline` does."
         )
     else:
-        AUTO_TEXT2IMAGE_PIPELINES_MAPPING[LIBRARY] = diffusers_ext.ClassConditionalPipeline
+        table[LIBRARY] = diffusers_ext.ClassConditionalPipeline
 
 
 def _read_config(own_class: type, json_file: str | os.PathLike) -> dict[str, Any]:

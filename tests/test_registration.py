@@ -67,6 +67,11 @@ def test_pipeline_loads_and_saves_in_a_fresh_process(folder, tmp_path, fresh_pyt
 import diffusers_ext
 from diffusers_ext import ADMClassifierModel, ADMUNet2DModel, ClassifierGuidedPipeline
 
+import sys
+assert "diffusers.pipelines.auto_pipeline" not in sys.modules  # it imports every pipeline of diffusers
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+assert AUTO_TEXT2IMAGE_PIPELINES_MAPPING["diffusers_ext"] is diffusers_ext.ClassConditionalPipeline
+
 folder, copy = {str(folder)!r}, {str(tmp_path)!r}
 pipe = DiffusionPipeline.from_pretrained(folder)
 assert type(pipe) is ClassifierGuidedPipeline, type(pipe)
