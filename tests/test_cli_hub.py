@@ -52,6 +52,8 @@ def test_export_of_a_hub_id_with_its_code(model, tmp_path, hub, hub_token, capsy
     main(["export", "me/exported", str(tmp_path / "alone"), "--self_contained"])
     assert (tmp_path / "alone" / "pipeline.py").is_file()
     DiffusionPipeline.from_pretrained(tmp_path / "alone", trust_remote_code=True)
+    main(["push", str(tmp_path / "alone"), "me/alone"])
+    assert hub.files("me/alone")["pipeline.py"] == (tmp_path / "alone" / "pipeline.py").read_bytes()
     main(["card", "me/exported", "--output", str(tmp_path / "card.md")])
     assert 'from_pretrained("me/exported")' in (tmp_path / "card.md").read_text()
 

@@ -158,6 +158,15 @@ def unpublished(folder: Path, name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in UNPUBLISHED)
 
 
+def carries_code(folder: Path) -> bool:
+    """Whether a folder is self-contained, as an export with `self_contained` is."""
+    for name, plain in ((INDEX, plain_index), (MODULAR_INDEX, plain_index), (CONFIG, plain_config)):
+        if (folder / name).is_file() and not unpublished(folder, name):
+            content = read_json(folder / name)
+            return plain(content) != content
+    return False
+
+
 def kind_of(folder: Path) -> str | None:
     """What a folder holds: "pipeline", "modular", "model", "adapter", "parts" of a pipeline, or None of these."""
     if (folder / INDEX).is_file():

@@ -53,7 +53,7 @@ from diffusers_ext.hub.client import (
     reason_of,
     shown,
 )
-from diffusers_ext.hub.export import published_files, stage
+from diffusers_ext.hub.export import carries_code, published_files, stage
 from diffusers_ext.hub.snapshots import INDEXES, fetch_snapshot, is_as_promised, weights_key
 
 
@@ -87,7 +87,8 @@ def push(
     Args:
         pipe_or_folder: pipeline, model, modular pipeline, or the folder of one, of a training, or of a LoRA adapter.
         repo_id: `"user/name"`, or `"name"` of the user whose token it is.
-        self_contained: carry the code as well, for people without this package; see `export`.
+        self_contained: carry the code as well, for people without this package; see `export`. A folder that was
+            exported with its code is pushed with it in any case.
         private: of a repository that is made now. An existing public one is refused instead of being published to.
         revision: branch; None means main.
         commit_message: first line of the commit.
@@ -107,6 +108,7 @@ def push(
     target = _read_target(repo_id, revision=revision, private=private, create_pr=create_pr, token=token)
     is_folder = isinstance(pipe_or_folder, (str, os.PathLike))
     name = Path(pipe_or_folder).resolve().name if is_folder else type(pipe_or_folder).__name__
+    self_contained = self_contained or (is_folder and carries_code(Path(pipe_or_folder)))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, target.repo_id.rpartition("/")[2])
         folder.mkdir()
