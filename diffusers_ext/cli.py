@@ -87,7 +87,7 @@ class Card:
     datasets: tuple[str, ...] | None = None
     """data sets that the weights were trained on, by Hub name"""
     samples: bool | None = None
-    """draw the grid of samples anew, or never; by default where it is missing"""
+    """draw the grid of samples anew, or never; by default where it is missing or of other weights"""
     check: bool = False
     """change nothing; print the difference and fail if the card is not up to date"""
     output: Path | None = None
@@ -128,6 +128,10 @@ class Push:
     """open a pull request instead of writing to the branch"""
     variant: str | None = None
     """which weights to take, such as fp16"""
+    license: str | None = None
+    """licence of the weights, as the Hub names it, such as apache-2.0; by default that of the card"""
+    base_model: str | None = None
+    """model that these weights come from: a Hub id, or an address; by default that of the card"""
     token: str | None = None
     """access token; better: `hf auth login`, or the environment variable HF_TOKEN, which no shell history keeps"""
 
@@ -199,7 +203,7 @@ def _run(command: object) -> None:
 
 
 def _write_card(command: Card) -> Path:
-    from diffusers_ext.cards import regenerate
+    from diffusers_ext.cards import write_card
     from diffusers_ext.hub.loading import open_folder
 
     is_local = Path(command.model).expanduser().is_dir()
@@ -208,10 +212,10 @@ def _write_card(command: Card) -> Path:
         raise ValueError(
             f"`output` is missing: {command.model!r} is on the Hub, whose card `push` writes. Name the file to write."
         )
-    options = asdict(command) | {"model": folder}
-    if not is_local:
-        options |= {"repo_id": command.model, "samples": False}
-    return regenerate(**options)
+    options = asdict(command)
+    repo_id = None if is_local else options["model"]
+    del options["model"]
+    return write_card(folder, repo_id=repo_id, **options)
 
 
 def _transfer(command: Export | Push | Pull) -> object:
@@ -224,7 +228,7 @@ def _transfer(command: Export | Push | Pull) -> object:
         return hub.export(open_folder(options.pop("model")), **options)
     if isinstance(command, Push):
         commit = hub.push(options.pop("model"), **options)
-        return commit.pr_url or commit.repo_url
+        return commit.pr_url or (f"{commit.repo_url}/tree/{command.revision}" if command.revision else commit.repo_url)
     return hub.pull(**options)
 
 

@@ -18,7 +18,7 @@ an exported pipeline.
 import bisect
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -370,6 +370,44 @@ def ddim_step_gain(scheduler: SchedulerMixin, timestep: int, eta: float) -> floa
     abar_previous = (scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod).item()
     variance = eta**2 * (1 - abar_previous) / (1 - abar) * (1 - abar / abar_previous)  # Eq. 16
     return math.sqrt(abar_previous) - math.sqrt(max(1 - abar_previous - variance, 0.0)) * math.sqrt(abar / (1 - abar))
+
+
+def rehearse(
+    guider: BaseGuidance, shape: tuple[int, ...], timestep_values: Sequence[float], guided_steps: range
+) -> Iterator[tuple[BaseGuidance, list[str]]]:
+    """Goes through a run without networks: what a guider of diffusers asks for, and whether it can combine that.
+
+    Args:
+        guider: stays as it is.
+        shape: of a prediction, `(B, C, H, W)`; those of the rehearsal are all ones.
+        timestep_values: timesteps of all network calls.
+        guided_steps: those of them that are guided.
+
+    Returns:
+        For every combination of predictions, a copy of the guider in the state of the first step that asks for it, and
+        their names; the same for the last of the guided steps, since some guiders change on the way.
+
+    Raises:
+        ValueError: where the guider fails.
+    """
+    guider, known = copy.deepcopy(guider), []
+    for i, timestep in enumerate(timestep_values):  # all steps: some guiders begin their state in the first
+        guider.set_state(step=i, num_inference_steps=len(timestep_values), timestep=timestep)
+        batches = guider.prepare_inputs({})
+        names = [getattr(batch, guider._identifier_key) for batch in batches]
+        if i not in guided_steps or (names in known and i != guided_steps[-1]):
+            continue
+        known.append(names)
+        for batch in batches:
+            batch.noise_pred = torch.ones(shape)
+        try:
+            guider(batches)
+        except Exception as error:  # theirs, of whatever kind
+            raise ValueError(
+                f"`guider` {type(guider).__name__} cannot combine predictions of shape {tuple(shape)} "
+                f"({type(error).__name__}: {error}). Use another, such as `ClassifierFreeGuidance`."
+            ) from error
+        yield guider, names
 
 
 def classifier_guidance_rule(

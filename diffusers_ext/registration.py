@@ -9,7 +9,9 @@ The only file that touches names which diffusers does not document. What it reli
 - `diffusers.pipelines.auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING` lists what `AutoPipelineForText2Image` loads.
 - A class reads its index or config with its method `_dict_from_json_file`. `DiffusionPipeline.from_pretrained` reads
   the index of a pipeline itself, and then calls `extract_init_dict` of the class that it names.
-- `push_to_hub`, like `save_pretrained` with `push_to_hub=True`, uploads what it has saved with `_upload_folder`.
+- `push_to_hub`, like `save_pretrained` with `push_to_hub=True`, uploads what it has saved with `_upload_folder`, with
+  a card that is a stub or that of the repository. The index of a modular pipeline names the folder, and so does its
+  `config`.
 """
 
 import functools
@@ -64,6 +66,7 @@ def register() -> None:
         if issubclass(own_class, diffusers.DiffusionPipeline):
             own_class.extract_init_dict = classmethod(_read_index)
     ModularIndex._dict_from_json_file = classmethod(_read_config)
+    diffusers.ModularPipeline._upload_folder = _upload_modular_folder
 
     try:
         from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
@@ -166,19 +169,47 @@ def _upload_folder(
         return PushToHubMixin._upload_folder(
             model, working_dir, repo_id, token, commit_message, create_pr, subfolder=subfolder
         )
-    from diffusers_ext.cards import write_card
+    from diffusers_ext.cards import inherit
     from diffusers_ext.hub.export import tidy
     from diffusers_ext.hub.remote import upload
 
-    tidy(Path(working_dir))
-    write_card(working_dir, repo_id=repo_id)
+    inherited = inherit(Path(working_dir))
+    tidy(Path(working_dir), repo_id)
+    # A stub, or the card of the repository, whose metadata diffusers has written in its own way: `upload` reads that.
+    Path(working_dir, "README.md").unlink(missing_ok=True)
     return upload(
         working_dir,
         repo_id,
         commit_message=commit_message or f"Upload {type(model).__name__}",
         create_pr=create_pr,
         token=token,
+        inherited=inherited,
     )
+
+
+def _upload_modular_folder(
+    pipe: diffusers.ModularPipeline,
+    working_dir: str | os.PathLike,
+    repo_id: str,
+    token: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    subfolder: str | None = None,
+) -> Any:
+    """As `_upload_folder` where the blocks are ours, and as diffusers has it for all others."""
+    from diffusers_ext.hub.flattening import our_class
+
+    is_ours = our_class(type(pipe._blocks).__name__, diffusers.ModularPipelineBlocks) is not None
+    if not is_ours or subfolder:
+        return PushToHubMixin._upload_folder(
+            pipe, working_dir, repo_id, token, commit_message, create_pr, subfolder=subfolder
+        )
+    info = _upload_folder(pipe, working_dir, repo_id, token, commit_message, create_pr)
+    for name in pipe.pretrained_component_names:
+        library, class_name, spec = pipe.config[name]
+        if spec["pretrained_model_name_or_path"] == str(working_dir):  # of `push_to_hub`, gone by now
+            pipe.register_to_config(**{name: (library, class_name, spec | {"pretrained_model_name_or_path": repo_id})})
+    return info
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from torch import nn
 
 import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_ext.guidance import is_a
@@ -30,6 +31,8 @@ MAX_TEXT_LENGTH = 77  # tokens, that of CLIP, where neither tokenizer nor text e
 ClassLabels = int | str | Sequence["ClassLabels"] | torch.Tensor
 Generators = torch.Generator | list[torch.Generator] | None
 Step = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+logger = logging.get_logger(__name__)
 
 
 class _Models:
@@ -79,6 +82,16 @@ class PipelineMixin:
         align_weights(*components.values())
         super().register_modules(**components)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """As in diffusers, and registers a component that is set where there was none too, so that it is saved."""
+        is_known = name in self.__dict__
+        super().__setattr__(name, value)
+        if is_known and value is not None and isinstance(self.config.get(name), tuple | list):
+            if self.config[name][0] is None:
+                self.register_modules(**{name: value})
+            else:
+                align_weights(value)
+
     @classmethod
     def from_pipe(
         cls,
@@ -91,6 +104,7 @@ class PipelineMixin:
         """A pipeline of this class around the components of another, which both share from then on.
 
         Where diffusers casts what is shared to float32, this leaves it in the dtype that it has, quantised or not.
+        Components that this class has no place for are left out, with a warning that names them.
 
         Args:
             pipeline: any that has the components, one of diffusers' own too. Where this class has no `transformer`,
@@ -104,7 +118,7 @@ class PipelineMixin:
         known = inspect.signature(cls.__init__).parameters
         components = dict(pipeline.components)
         if "transformer" not in known and components.get("unet") is None:
-            components["unet"] = components.get("transformer")
+            components["unet"] = components.pop("transformer", None)
         if "vae" not in known and components.get("vae") is not None:
             raise ValueError(
                 f"`pipeline` {type(pipeline).__name__} has a `vae`, so that its network draws latents, and "
@@ -118,6 +132,13 @@ class PipelineMixin:
         arguments = {name: value for name, value in {**options, **components}.items() if name in known}
         shared = cls(**{**arguments, **changes})
         shared.register_to_config(**{f"_{name}": value for name, value in options.items() if name not in known})
+        left_out = [name for name, component in components.items() if component is not None and name not in known]
+        if left_out:
+            logger.warning(
+                f"{cls.__name__} has no place for {', '.join(f'`{name}`' for name in left_out)} of `pipeline` "
+                f"{type(pipeline).__name__}, and goes without. Keep `pipeline`; on the way back, "
+                f"`from_pipe(..., {left_out[0]}=pipeline.{left_out[0]})` takes it along again."
+            )
         dtype = dtype or torch_dtype
         return shared if dtype is None else shared.to(dtype)
 

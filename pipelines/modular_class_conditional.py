@@ -161,7 +161,17 @@ class ClassConditionalInputStep(StandardStep):
             callback_tensor_inputs=(),
         )
         num_texts = batch_size // block_state.num_images_per_prompt
-        pipe.check_inputs(class_ids, prompts, num_texts, given_scale, block_state.guided_channels, sample, *size)
+        pipe.check_inputs(
+            class_ids,
+            prompts,
+            num_texts,
+            given_scale,
+            block_state.guidance_interval,
+            block_state.guided_channels,
+            block_state.num_inference_steps,
+            sample,
+            *size,
+        )
 
         block_state.class_ids = None
         if class_ids is not None:

@@ -139,7 +139,14 @@ class ClassifierGuidanceInputStep(ModularPipelineBlocks):
             callback_tensor_inputs=(),
         )
         check_components(
-            components, class_ids, block_state.guidance_scale, block_state.guidance_mode, low_res, batch_size
+            components,
+            class_ids,
+            block_state.guidance_scale,
+            block_state.guidance_mode,
+            block_state.guidance_interval,
+            block_state.num_inference_steps,
+            low_res,
+            batch_size,
         )
 
         device = components._execution_device

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from diffusers import (
     ComponentsManager,
@@ -220,6 +221,12 @@ class ModularIndex(ModularPipeline):
     """Reads the index of a modular repository; `import diffusers_ext` lets it be checked meanwhile."""
 
 
+def _reason(error: OSError) -> BaseException:
+    """What stood in the way of a config, where diffusers tells of a missing file also when the Hub gave no answer."""
+    reason = error.__context__ or error
+    return reason.__cause__ or reason if isinstance(reason, LocalEntryNotFoundError) else reason
+
+
 class PipelineBlocks(SequentialPipelineBlocks):
     """All blocks of a pipeline."""
 
@@ -239,17 +246,12 @@ class PipelineBlocks(SequentialPipelineBlocks):
             components_manager, collection: as diffusers has them.
 
         Raises:
-            OSError: when there is neither `modular_model_index.json` nor `model_index.json`.
+            OSError: when neither `modular_model_index.json` nor `model_index.json` can be read, with the reasons.
         """
         source, index, standard_index = pretrained_model_name_or_path, None, None
         if source is not None:
             source = os.fspath(source)  # diffusers keeps it in the index, where it must be a text
-            try:
-                index = ModularIndex.load_config(source)
-            except OSError:
-                # By the standard class, which knows its repositories. What one goes without is not to be loaded.
-                config = self.standard_pipeline.load_config(source)
-                standard_index = {name: value for name, value in config.items() if value != [None, None]}
+            index, standard_index = self._read_index(source)
         return ModularPipeline(
             blocks=copy.deepcopy(self),
             pretrained_model_name_or_path=source,
@@ -258,3 +260,20 @@ class PipelineBlocks(SequentialPipelineBlocks):
             modular_config_dict=index,
             config_dict=standard_index,
         )
+
+    def _read_index(self, source: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """The modular index of a repository, or else that of a standard pipeline."""
+        reasons = {}
+        try:
+            return ModularIndex.load_config(source), None
+        except OSError as error:
+            reasons[ModularIndex.config_name] = _reason(error)
+        try:  # by the standard class, which knows its repositories
+            index = self.standard_pipeline.load_config(source)
+        except OSError as error:
+            reasons[self.standard_pipeline.config_name] = _reason(error)
+            raise OSError(
+                f"`pretrained_model_name_or_path` {source!r} could not be read. "
+                + " ".join(f"{name}: {' '.join(str(reason).split())}" for name, reason in reasons.items())
+            ) from error
+        return None, {name: value for name, value in index.items() if value != [None, None]}  # nothing to load there

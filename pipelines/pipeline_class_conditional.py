@@ -20,9 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.guiders import AutoGuidance, BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import logging
 
-from diffusers_ext.guidance import check_scheduler
+from diffusers_ext.guidance import check_scheduler, rehearse
 from diffusers_ext.sampling import (
     OPTIONAL_DENOISER,
     ClassLabels,
@@ -39,6 +38,7 @@ from diffusers_ext.sampling import (
     guided_calls,
     height_width,
     image_channels,
+    logger,
     max_text_length,
     models,  # noqa: F401  the annotations are evaluated here
     null_label,
@@ -62,8 +62,6 @@ KNOWN_PREDICTIONS = (*BOTH, "pred_cond_skip")
 
 Prediction = Callable[[int, torch.Tensor, torch.Tensor, float], torch.Tensor]
 Text = tuple[torch.Tensor, torch.Tensor]  # hidden states (P, T, D) of texts and their mask (P, T)
-
-logger = logging.get_logger(__name__)
 
 
 class ClassConditionalPipeline(PipelineMixin, DiffusionPipeline):
@@ -282,7 +280,18 @@ class ClassConditionalPipeline(PipelineMixin, DiffusionPipeline):
             callback_tensor_inputs=self._callback_tensor_inputs,
         )
         num_texts = batch_size // num_images_per_prompt
-        self.check_inputs(class_ids, prompts, num_texts, guidance_scale, guided_channels, sample, height, width)
+        self.check_inputs(
+            class_ids,
+            prompts,
+            num_texts,
+            guidance_scale,
+            guidance_interval,
+            guided_channels,
+            num_inference_steps,
+            sample,
+            height,
+            width,
+        )
 
         # 2. Prepare texts, labels, timesteps and noise
         device = self._execution_device
@@ -392,7 +401,9 @@ class ClassConditionalPipeline(PipelineMixin, DiffusionPipeline):
         prompts: Prompts,
         num_texts: int,
         guidance_scale: float | None,
+        guidance_interval: tuple[float, float],
         guided_channels: int | None,
+        num_inference_steps: int,
         sample: torch.Tensor | None,
         height: int | None,
         width: int | None,
@@ -439,6 +450,8 @@ class ClassConditionalPipeline(PipelineMixin, DiffusionPipeline):
                     f"`guidance_scale` is {guidance_scale}, but `guider` {type(self.guider).__name__} has a scale of "
                     "its own. Change that one, or set `pipe.guider = None`."
                 )
+            shape = (1, guided_channels or channels, *self.sample_shape(1, sample, height, width)[2:])
+            self._check_guider(prompts, guidance_interval, num_inference_steps, shape)
             return
         scale = self.default_guidance_scale(class_ids, prompts) if guidance_scale is None else guidance_scale
         if scale > 1 or (scale != 1 and (class_ids is not None or prompts.given)):
@@ -636,11 +649,7 @@ class ClassConditionalPipeline(PipelineMixin, DiffusionPipeline):
                     batch.noise_pred = prediction
                 return guider(batches).pred
 
-            # All steps are asked, since some guiders begin their state in the first, guided or not.
-            for i in range(len(timestep_values)):
-                names = begin(i, 1.0)
-                if i in guided_steps:
-                    self._check_guider(guider, names, prompts)
+            begin(0, 1.0)  # in which some begin their state; it need not be a guided step
         has_worse = class_ids is not None or prompts.given or guide_model is not None or weakens
 
         def guide(i: int, timestep: torch.Tensor, sample: torch.Tensor, scale: float) -> torch.Tensor:
@@ -666,24 +675,34 @@ class ClassConditionalPipeline(PipelineMixin, DiffusionPipeline):
             inputs["encoder_hidden_states"], inputs["encoder_attention_mask"] = text[0].to(model.dtype), text[1]
         return model, inputs
 
-    def _check_guider(self, guider: BaseGuidance, names: list[str], prompts: Prompts) -> None:
-        """Raises a ValueError unless all predictions can be made that the guider asks for."""
-        unknown = [name for name in names if name not in KNOWN_PREDICTIONS]
-        if unknown:
-            raise ValueError(
-                f"`guider` {type(guider).__name__} asks for {', '.join(unknown)}, which this pipeline cannot make. "
-                "Use one for classifier-free guidance, such as `ClassifierFreeGuidance`, or `SkipLayerGuidance`."
-            )
-        if "pred_uncond" in names and not isinstance(guider, AutoGuidance):
-            self._check_null(f"`guider` {type(guider).__name__}", prompts)
-        for name in names:
-            try:
-                with _prepared(self._denoiser, guider, name):
-                    pass
-            except ValueError as error:
+    def _check_guider(
+        self,
+        prompts: Prompts,
+        guidance_interval: tuple[float, float],
+        num_inference_steps: int,
+        shape: tuple[int, int, int, int],
+    ) -> None:
+        """Raises a ValueError unless all predictions can be made that the guider asks for, and it can combine them."""
+        _, timestep_values = prepare_timesteps(self.scheduler, num_inference_steps, 1, torch.device("cpu"))
+        guided_steps = guided_calls(self.scheduler, guidance_interval, len(timestep_values))
+        for guider, names in rehearse(self.guider, shape, timestep_values, guided_steps):
+            unknown = [name for name in names if name not in KNOWN_PREDICTIONS]
+            if unknown:
                 raise ValueError(
-                    f"`guider` {type(guider).__name__} finds nothing to weaken in `{self._denoiser_name}`: {error}"
-                ) from error
+                    f"`guider` {type(guider).__name__} asks for {', '.join(unknown)}, which this pipeline cannot "
+                    "make. Use one for classifier-free guidance, such as `ClassifierFreeGuidance`, or "
+                    "`SkipLayerGuidance`."
+                )
+            if "pred_uncond" in names and not isinstance(guider, AutoGuidance):
+                self._check_null(f"`guider` {type(guider).__name__}", prompts)
+            for name in names:
+                try:
+                    with _prepared(self._denoiser, guider, name):
+                        pass
+                except ValueError as error:
+                    raise ValueError(
+                        f"`guider` {type(guider).__name__} finds nothing to weaken in `{self._denoiser_name}`: {error}"
+                    ) from error
 
 
 @contextlib.contextmanager

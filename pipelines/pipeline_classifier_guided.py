@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
 
-from diffusers_ext.guidance import GUIDANCE_MODES, check_scheduler, classifier_guidance_rule, is_a
+from diffusers_ext.guidance import GUIDANCE_MODES, check_scheduler, classifier_guidance_rule, is_a, rehearse
 from diffusers_ext.sampling import (
     ANCESTRAL_SCHEDULERS,
     DENOISER,
@@ -179,7 +179,16 @@ class ClassifierGuidedPipeline(PipelineMixin, DiffusionPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             callback_tensor_inputs=self._callback_tensor_inputs,
         )
-        check_components(self, class_ids, self._guidance_scale, guidance_mode, low_res, batch_size)
+        check_components(
+            self,
+            class_ids,
+            self._guidance_scale,
+            guidance_mode,
+            guidance_interval,
+            num_inference_steps,
+            low_res,
+            batch_size,
+        )
 
         # 2. Prepare labels, timesteps and noise
         device = self._execution_device
@@ -283,6 +292,8 @@ def check_components(
     class_ids: list[int] | None,
     guidance_scale: float,
     guidance_mode: str,
+    guidance_interval: tuple[float, float],
+    num_inference_steps: int,
     low_res: torch.Tensor | None,
     batch_size: int,
 ) -> None:
@@ -314,7 +325,9 @@ def check_components(
             )
         return
     if guidance_scale != 0:
-        _check_guidance(unet, classifier, components.guider)
+        _check_guidance(unet, classifier)
+        if components.guider is not None:
+            _check_guider(components.guider, unet, scheduler, guidance_interval, num_inference_steps)
     limits = [limit for limit in (classes, classifier and classifier.config.num_classes) if limit is not None]
     if limits:
         check_class_ids(class_ids, min(limits))
@@ -334,7 +347,7 @@ def _check_low_res(unet: torch.nn.Module, low_res: torch.Tensor | None, batch_si
         )
 
 
-def _check_guidance(unet: torch.nn.Module, classifier: torch.nn.Module | None, guider: BaseGuidance | None) -> None:
+def _check_guidance(unet: torch.nn.Module, classifier: torch.nn.Module | None) -> None:
     if classifier is None:
         raise ValueError(
             "`class_labels` ask for guidance, but the pipeline has no `classifier`. Construct it with one, set "
@@ -356,7 +369,16 @@ def _check_guidance(unet: torch.nn.Module, classifier: torch.nn.Module | None, g
             "`classifier` was made inside `torch.inference_mode()`, so nothing can be differentiated through it. "
             "Load the pipeline outside; calling it inside is fine."
         )
-    if guider is not None and (
+
+
+def _check_guider(
+    guider: BaseGuidance,
+    unet: torch.nn.Module,
+    scheduler: SchedulerMixin,
+    guidance_interval: tuple[float, float],
+    num_inference_steps: int,
+) -> None:
+    if (
         guider._input_predictions != ["pred_cond", "pred_uncond"]
         or type(guider).prepare_models is not BaseGuidance.prepare_models
     ):
@@ -364,3 +386,8 @@ def _check_guidance(unet: torch.nn.Module, classifier: torch.nn.Module | None, g
             f"`guider` {type(guider).__name__} compares the network with a weakened copy of it, not two "
             "predictions. Use one for classifier-free guidance, such as `ClassifierFreeGuidance`."
         )
+    _, timestep_values = prepare_timesteps(scheduler, num_inference_steps, 1, torch.device("cpu"))
+    shape = (1, image_channels(unet), *height_width(unet.config.sample_size))
+    guided_steps = guided_calls(scheduler, guidance_interval, len(timestep_values))
+    for _ in rehearse(guider, shape, timestep_values, guided_steps):
+        pass

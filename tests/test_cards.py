@@ -14,13 +14,21 @@ from peft import LoraConfig
 from PIL import Image
 from test_captions import tiny_pipe
 
+import diffusers
 from diffusers import (
     AutoencoderKL,
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DiTPipeline,
     FlowMatchEulerDiscreteScheduler,
+    RePaintPipeline,
+    RePaintScheduler,
     UNet2DModel,
 )
+from diffusers.guiders import ClassifierFreeGuidance as CFG
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 
 import diffusers_ext
@@ -33,13 +41,14 @@ from diffusers_ext import (
     DilatedConvDenoiserModel,
     GQADiTTransformer2DModel,
 )
-from diffusers_ext.cards import is_stale, regenerate, training_command, write_card
+from diffusers_ext.cards import blocks, is_stale, merge_cards, training_command, write_card
+from diffusers_ext.cards.document import EARLIER
 from diffusers_ext.cards.folder import read_folder
-from diffusers_ext.cli import _parse
+from diffusers_ext.cli import _parse, main
 from diffusers_ext.conversion import presets, save_original
 from diffusers_ext.conversion.convert import convert_checkpoint
 from diffusers_ext.evaluation.report import write_results_to_card
-from diffusers_ext.hub import export
+from diffusers_ext.hub import export, push
 from diffusers_ext.training.config import CLASSIFIER_PRESETS, UNET_PRESETS
 from diffusers_ext.training.loop import train
 
@@ -154,6 +163,14 @@ def test_command_in_the_card_trains_with_the_same_options(config):
     assert _parse(words[1:]) == config
 
 
+@pytest.mark.parametrize(
+    "path", ["../../home/bob/data", "file:///home/bob/data", "C:\\\\Users\\\\bob\\\\data", "./bob/data"]
+)
+def test_paths_of_data_stay_out_of_the_command(path):
+    command = training_command(replace(UNET_PRESETS["digits"], dataset=path))
+    assert shlex.split(command)[-2:] == ["--dataset", "data"]
+
+
 def test_paths_of_the_machine_stay_out_of_the_command():
     config = replace(CLASSIFIER_PRESETS["digits"], unet=os.path.abspath("runs/secret/digits-unet"))
     assert "--unet digits-unet" in training_command(config) and "secret" not in training_command(config)
@@ -247,6 +264,93 @@ def test_snippet_of_every_kind_of_pipeline_runs(kind, tmp_path, monkeypatch):
     assert (tmp_path / "README.md").read_bytes() == second and is_stale(tmp_path) is None
     shown = b"<!-- samples:start -->" in second
     assert (first == second) is not shown  # nothing but the picture
+
+
+NARROW = {**ADM, "out_channels": 1}
+SNIPPETS = {
+    "guider": (lambda: class_conditional(unet=ComposableUNet2DModel(**NARROW | CLASSES), guider=CFG()), "[0], num"),
+    "null label of the pipeline": (
+        lambda: class_conditional(unet=ComposableUNet2DModel(**NARROW, num_class_embeds=3), null_class_label=2),
+        "[0], guidance_scale=2.0, num",
+    ),
+    "worse model": (
+        lambda: class_conditional(
+            unet=ComposableUNet2DModel(**NARROW, num_class_embeds=3),
+            guide_model=ComposableUNet2DModel(**NARROW, num_class_embeds=3),
+        ),
+        "[0], guidance_scale=2.0, num",
+    ),
+    "no classifier": (
+        lambda: ClassifierGuidedPipeline(unet=ADMUNet2DModel(**NARROW | CLASSES), scheduler=DDPMScheduler()),
+        "pipe(class_labels=[0], num",
+    ),
+    "DiT of 3 classes": (
+        lambda: DiTPipeline(
+            GQADiTTransformer2DModel(**DIT | {"in_channels": 4, "out_channels": 4}), tiny_vae(), DDIMScheduler()
+        ),
+        "[0], guidance_scale=1.0, num",
+    ),
+    "consistency": (
+        lambda: ConsistencyModelPipeline(ADMUNet2DModel(**NARROW | CLASSES), CMStochasticIterativeScheduler()),
+        "pipe(class_labels=[0], num",
+    ),
+    "image to paint over": (
+        lambda: RePaintPipeline(ADMUNet2DModel(**NARROW), RePaintScheduler()),
+        "# images = pipe(image=image, mask_image=mask_image, num",
+    ),
+    "any size": (
+        lambda: class_conditional(
+            unet=DilatedConvDenoiserModel(sample_size=None, in_channels=1, hidden_channels=(8, 8), norm_num_groups=4)
+        ),
+        "batch_size=4, height=64, width=64, num",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SNIPPETS)
+def test_snippet_asks_for_what_the_call_takes(kind, tmp_path, monkeypatch):
+    make, call = SNIPPETS[kind]
+    pipe = make()
+    pipe.save_pretrained(tmp_path)
+    write_card(tmp_path, samples=False)
+    assert call in block((tmp_path / "README.md").read_text(), "usage")
+    names = check_runs(tmp_path, monkeypatch)
+    assert type(names["pipe"]) is type(pipe) and ("images" in names) is (kind != "image to paint over")
+
+
+def test_articles_are_as_spoken():
+    told = {name: blocks._with_article(name).split()[0] for name in ("UNet2DModel", "ADMUNet2DModel", "UpNet", "DiT")}
+    assert told == {"UNet2DModel": "a", "ADMUNet2DModel": "an", "UpNet": "an", "DiT": "a"}
+
+
+@pytest.mark.parametrize(
+    "path, name, value",
+    [
+        ("scheduler/scheduler_config.json", "num_train_timesteps", "x"),
+        ("unet/config.json", "in_channels", "3"),
+        ("unet/config.json", "low_res_channels", [1]),
+        ("unet/config.json", "num_class_embeds", True),
+    ],
+)
+def test_config_with_a_wrong_type_is_refused_in_a_line(path, name, value, folder):
+    config = json.loads((folder / path).read_text())
+    (folder / path).write_text(json.dumps(config | {name: value}))
+    with pytest.raises(ValueError, match=rf"`folder`: `{name}` in the config of .* must be a number.\Z"):
+        write_card(folder)
+    assert not (folder / "README.md").exists()
+
+
+def test_texts_of_configs_end_no_block(folder):
+    hostile = "a`\n<!-- architecture:end -->"
+    for path, values in (
+        ("scheduler/scheduler_config.json", {"beta_schedule": hostile, "prediction_type": hostile}),
+        ("model_index.json", {"id2label": {"0": hostile, "1": "b", "2": "c"}}),
+    ):
+        (folder / path).write_text(json.dumps(json.loads((folder / path).read_text()) | values))
+    write_card(folder, samples=False)
+    card = (folder / "README.md").read_text()
+    assert is_stale(folder) is None and card.count("<!-- architecture:end -->") == 1
+    assert "Classes: 3 (a' &lt;!-- architecture:end --&gt;, b, c)." in card
 
 
 def test_architecture_is_what_inspection_finds(tmp_path):
@@ -489,6 +593,36 @@ def test_lines_end_as_they_did(folder):
     assert is_stale(folder) is None
 
 
+KEPT_PARTS = {
+    "byte order mark": ("\ufeff---\nlicense: mit\n---\n# Toy\n", "\ufeff---\nlicense: mit\n"),
+    "both ends of lines": ("---\nlicense: mit\n---\n# T\na\r\nb\nc\r\n", "---\n# T\na\r\nb\nc\r\n"),
+    "comment before a name": (
+        "---\ntags:\n- a\n# of lawyers\nlicense: mit\n---\n# T\n",
+        "\n# of lawyers\nlicense: mit\n",
+    ),
+    "blanks at the end": ("---\nlicense: mit\n---\n# T\nlast  \t", "# T\nlast  \t\n\n## Usage"),
+    "no number": ("---\n# mine\nlicense: mit\nx: .nan\n---\n# T\n", "# mine\nlicense: mit\nx: .nan\n"),
+}
+
+
+@pytest.mark.parametrize("name", KEPT_PARTS)
+def test_bytes_that_people_chose_stay(name, folder):
+    content, kept = KEPT_PARTS[name]
+    (folder / "README.md").write_bytes(content.encode())
+    write_card(folder, samples=False)
+    assert kept in (folder / "README.md").read_bytes().decode() and is_stale(folder) is None
+    write_results_to_card(folder, RESULT)
+    content = (folder / "README.md").read_bytes().decode()
+    assert kept in content and "3.5 [3, 4]" in content and is_stale(folder) is None
+
+
+def test_references_within_the_metadata_are_followed(folder):
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: &t [a]\nwidget: *t\n---\n# Toy\n")
+    write_card(folder, samples=False)
+    data = ModelCard.load(folder / "README.md").data
+    assert data.widget == ["a"] and "diffusers_ext" in data.tags and is_stale(folder) is None
+
+
 def test_card_of_diffusers_counts_as_none(folder, hub):
     card = populate_model_card(load_or_create_model_card("me/absent", is_pipeline=True))
     assert "automatically generated" in card.text
@@ -496,6 +630,36 @@ def test_card_of_diffusers_counts_as_none(folder, hub):
     write_card(folder, samples=False)
     text = (folder / "README.md").read_text()
     assert "automatically generated" not in text and "about:start" in text
+    card.data.license = "mit"
+    (folder / "README.md").write_text(f"{card}\n## My own\n\nWritten by me.\n")
+    write_card(folder, samples=False)
+    text = (folder / "README.md").read_text()
+    assert "license: mit" in text and "\n## My own\n\nWritten by me.\n" in text and "usage:start" in text
+    assert "automatically generated" not in text and "More Information Needed" not in text
+
+
+def test_model_that_people_load_in_the_snippet_is_not_this_one(folder):
+    write_card(folder, repo_id="me/toy", samples=False)
+    path = folder / "README.md"
+    path.write_text(path.read_text().replace("images =", 'vae = AutoencoderKL.from_pretrained("org/vae")\nimages ='))
+    write_card(folder, samples=False)
+    assert 'DiffusionPipeline.from_pretrained("me/toy")' in path.read_text() and "org/vae" not in path.read_text()
+
+
+def test_cards_of_a_folder_and_of_its_repository_are_merged(folder):
+    write_card(folder, license="cc0-1.0", samples=False)
+    local = (folder / "README.md").read_text()
+    local = local.replace(
+        "## Limits", "## Training\n\n<!-- training:start -->\nLong.\n<!-- training:end -->\n\n## Limits"
+    )
+    remote = (
+        local.replace("Long.", "Short.").replace("cc0-1.0", "mit").replace("## Limits", "For my cat.\n\n## Limits")
+    )
+    merged = merge_cards(local, remote)
+    assert merged == remote.replace("Short.", "Long.").replace("license: mit", "license: cc0-1.0")
+    assert merge_cards(local.replace("## Limits", "For my dog.\n\n## Limits"), remote).count("For my") == 1
+    assert merge_cards("", remote) == remote and merge_cards(local, "") == local
+    assert merge_cards(local, "---\nlanguage: en\n---\n") == local.replace("---\n", "---\nlanguage: en\n", 1)
 
 
 def test_cards_that_are_not_utf_8_are_left_alone(folder):
@@ -512,6 +676,31 @@ def test_metadata_that_cannot_be_read_are_left_alone(front, folder):
         write_card(folder)
     assert (folder / "README.md").read_text() == f"{front}\n# A title\n"
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "model_index.json", "scheduler", "unet"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"license": "not ok"},
+        {"base_model": ""},
+        {"base_model": "a b"},
+        {"base_model": ["org/model", "./model"]},
+        {"base_model": "https://example.org/a\nb: c"},
+        {"datasets": ""},
+        {"datasets": ["a/b", "a\nb: c"]},
+    ],
+)
+def test_refused_options_leave_nothing_behind(options, folder):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}` "):
+        write_card(folder, **options)
+    assert sorted(path.name for path in folder.iterdir()) == ["model_index.json", "scheduler", "unet"]
+
+
+def test_address_replaces_the_one_before(folder):
+    for address in ("https://example.org/old", "https://example.org/new"):
+        write_card(folder, license="mit", base_model=address, samples=False)
+    card = (folder / "README.md").read_text()
+    assert block(card, "origin") == "The weights come from https://example.org/new."
 
 
 def test_metadata_that_are_given_replace_those_of_the_card(folder):
@@ -542,13 +731,17 @@ def test_converted_weights_need_a_licence(tmp_path):
     flags = save_original(unet, tmp_path / "unet.pt")
     (tmp_path / "unet.json").write_text(json.dumps(flags))
     options = {"preset": str(tmp_path / "unet.json"), "output": tmp_path / "out", "overwrite": True}
-    with pytest.raises(ValueError, match="`license`"):
-        convert_checkpoint(tmp_path / "unet.pt", **options, license="no licence")
+    for name in ("license", "base_model"):
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            convert_checkpoint(tmp_path / "unet.pt", **options, **{name: "no such name"})
+        assert not (tmp_path / "out").exists()
     convert_checkpoint(tmp_path / "unet.pt", **options)
     before = (tmp_path / "out" / "README.md").read_text()
-    assert "**No licence of the weights is stated**" in before and is_stale(tmp_path / "out") is None
-    with pytest.raises(ValueError, match="`--license`, and where they come from with `--base_model`"):
-        write_card(tmp_path / "out")
+    assert "**No licence of the weights is stated**" in before
+    for ways in ({}, {"check": True}, {"output": tmp_path / "card.md"}):
+        with pytest.raises(ValueError, match="`--license`, and where they come from with `--base_model`"):
+            write_card(tmp_path / "out", **ways)
+    assert not (tmp_path / "card.md").exists()
     assert (tmp_path / "out" / "README.md").read_text() == before
     write_card(tmp_path / "out", license="mit", base_model="https://example.org/weights", samples=False)
     asked_later = (tmp_path / "out" / "README.md").read_text()
@@ -561,6 +754,47 @@ def test_converted_weights_need_a_licence(tmp_path):
     assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "org/weights"
 
 
+def test_licence_and_origin_go_with_what_was_loaded(folder, tmp_path, hub, hub_token):
+    origin = "Weights of somebody.\n\n| | |\n|---|---|\n| images | 8 px |"
+    (folder / "README.md").write_text(
+        "---\ndatasets: [org/data]\nbase_model: org/base\n---\n# Toy\n\n"
+        f"<!-- origin:start -->\n{origin}\n<!-- origin:end -->\n"
+    )
+    pipe = ClassConditionalPipeline.from_pretrained(folder)
+    own = ClassConditionalPipeline(unet=pipe.unet, scheduler=DDPMScheduler())
+    for publish in (
+        lambda: export(pipe, tmp_path / "refused"),
+        lambda: export(own, tmp_path / "refused"),
+        lambda: push(pipe, "me/unlicensed"),
+        lambda: pipe.push_to_hub("me/unlicensed"),
+    ):
+        with pytest.raises(ValueError, match="were converted .* its licence is not known"):
+            publish()
+    assert not (tmp_path / "refused").exists() and "README.md" not in hub.files("me/unlicensed")
+
+    write_card(folder, license="cc-by-nc-4.0", samples=False)
+    for number, published in enumerate((pipe, own, pipe.unet)):
+        card = ModelCard.load(export(published, tmp_path / f"exported-{number}") / "README.md")
+        assert (card.data.license, card.data.base_model, card.data.datasets) == (
+            "cc-by-nc-4.0",
+            "org/base",
+            ["org/data"],
+        )
+        assert block(card.content, "origin") == origin
+    pipe.push_to_hub("me/carried")
+    again = ClassConditionalPipeline.from_pretrained("me/carried")
+    push(again, "me/carried-again")
+    card = ModelCard(hub.files("me/carried-again")["README.md"].decode())
+    assert (card.data.license, card.data.base_model) == ("cc-by-nc-4.0", "me/carried")
+    push(again, "me/carried")
+    assert ModelCard(hub.files("me/carried")["README.md"].decode()).data.base_model == "org/base"
+
+    hub.write("me/carried-again", {"README.md": b"---\nlicense: mit\nbase_model: org/other\n---\n# Mine\n"})
+    push(again, "me/carried-again")  # what the card says already is not overridden
+    card = ModelCard(hub.files("me/carried-again")["README.md"].decode())
+    assert (card.data.license, card.data.base_model) == ("mit", "org/other")
+
+
 def test_licences_of_released_checkpoints_are_those_that_their_authors_state():
     told = {name: preset.licence for name, preset in presets.items()}
     assert {told[f"DiT-XL-2-{size}x{size}"] for size in (256, 512)} == {"cc-by-nc-4.0"}
@@ -570,6 +804,114 @@ def test_licences_of_released_checkpoints_are_those_that_their_authors_state():
 
 
 # Results and pictures
+
+
+def with_other_weights(folder) -> None:
+    pipe = ClassConditionalPipeline.from_pretrained(folder)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for weight in pipe.unet.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    pipe.save_pretrained(folder)
+
+
+def test_what_other_weights_drew_and_scored_is_told_apart(folder, caplog, monkeypatch):
+    write_card(folder)
+    path = folder / "README.md"
+    training = f"<!-- training:start -->\nLong.\n<!-- weights: {read_folder(folder).digest} -->\n<!-- training:end -->"
+    path.write_text(path.read_text().replace("## Limits", f"## Training\n\n{training}\n\n## Limits"))
+    (folder / "evaluation.json").write_text(json.dumps(RESULT))
+    write_card(folder)
+    mine = {"task": {"type": "x"}, "dataset": {"type": "y", "name": "y"}, "metrics": [{"type": "mine", "value": 1}]}
+    path.write_text(path.read_text().replace("  results:\n", f"  results:\n  - {json.dumps(mine)}\n"))
+    write_card(folder)
+    before, picture = path.read_text(), (folder / "samples.png").read_bytes()
+    assert is_stale(folder) is None and "frechet_distance" in before and EARLIER not in before
+
+    with_other_weights(folder)
+    assert is_stale(folder).count(f"+{EARLIER}") == 3
+    diffusers.utils.logging.enable_propagation()
+    write_card(folder)
+    diffusers.utils.logging.disable_propagation()
+    assert "results in the card of toy are of earlier weights" in caplog.text
+    card = path.read_text()
+    assert is_stale(folder) is None and (folder / "samples.png").read_bytes() != picture
+    assert [EARLIER in block(card, name) for name in ("samples", "training", "evaluation")] == [False, True, True]
+    assert "frechet_distance" not in card and "type: mine" in card
+
+    write_results_to_card(folder, RESULT)  # measured anew
+    assert "frechet_distance" in path.read_text() and EARLIER not in block(path.read_text(), "evaluation")
+    monkeypatch.setattr("diffusers_ext.cards.samples.AFFORDABLE", 10)
+    with_other_weights(folder)
+    write_card(folder)
+    assert EARLIER in block(path.read_text(), "samples") and is_stale(folder) is None
+
+
+def test_picture_that_is_gone_is_missed_and_drawn_anew(folder, monkeypatch):
+    write_card(folder)
+    picture = (folder / "samples.png").read_bytes()
+    (folder / "samples.png").unlink()
+    assert "No samples have been drawn" in is_stale(folder)
+    write_card(folder)
+    assert (folder / "samples.png").read_bytes() == picture and is_stale(folder) is None
+
+
+def test_repository_shows_pictures_and_tags_of_what_is_in_it(folder, tmp_path, hub, hub_token):
+    pipe = ClassConditionalPipeline.from_pretrained(folder)
+    export(pipe, tmp_path / "exported")
+    push(pipe, "me/shown")
+    old = hub.files("me/shown")["samples.png"]
+    assert (tmp_path / "exported" / "samples.png").read_bytes() == old
+    push(pipe, "me/shown")
+    assert hub.files("me/shown")["samples.png"] == old
+    with_other_weights(folder)
+    pipe = ClassConditionalPipeline.from_pretrained(folder)
+    export(pipe, tmp_path / "exported")
+    push(pipe, "me/shown")
+    assert (tmp_path / "exported" / "samples.png").read_bytes() == hub.files("me/shown")["samples.png"] != old
+    export(PIPELINES["unconditional"](), tmp_path / "exported")
+    assert ModelCard.load(tmp_path / "exported" / "README.md").data.tags == [
+        "diffusers_ext",
+        "DilatedConvDenoiserModel",
+    ]
+
+
+def test_card_tells_of_weights_that_stay_beside_the_variant(folder, tmp_path, hub, hub_token):
+    pipe = ClassConditionalPipeline.from_pretrained(folder)
+    export(pipe, tmp_path / "exported")
+    push(pipe, "me/both")
+    picture = hub.files("me/both")["samples.png"]
+    export(pipe.to(torch.float16), tmp_path / "exported", variant="fp16")
+    push(pipe, "me/both", variant="fp16")
+    pipe.push_to_hub("me/both", variant="fp16")
+    assert hub.files("me/both")["samples.png"] == picture == (tmp_path / "exported" / "samples.png").read_bytes()
+    for card in ((tmp_path / "exported" / "README.md").read_text(), hub.files("me/both")["README.md"].decode()):
+        assert re.search(r'weights as stored \| float32, .* kB; float16, .* kB \(variant "fp16"\)', card)
+        assert 'variant="fp16")' not in block(card, "usage") and EARLIER not in card
+    assert is_stale(tmp_path / "exported") is None
+
+
+def test_card_of_the_hub_keeps_its_bytes(folder, hub, hub_token):
+    pipe = ClassConditionalPipeline.from_pretrained(folder)
+    head = b"---\n# chosen by lawyers\nlicense: mit   # remark\nextra: {a: 1,   b: 2}\n"
+    hub.create("me/bytes")
+    hub.write("me/bytes", {"README.md": head + b"---\n# Toy\n\nFor my cat.  \n"})
+    for publish in (pipe.push_to_hub, lambda name: push(pipe, name), lambda name: push(folder, name)):
+        publish("me/bytes")
+        card = hub.files("me/bytes")["README.md"]
+        assert card.startswith(head) and b"# Toy\n\nFor my cat.  \n" in card and b"usage:start" in card
+    write_card(folder, license="apache-2.0", samples=False)  # no text of people in this one
+    push(folder, "me/bytes")
+    card = hub.files("me/bytes")["README.md"]
+    assert b"# Toy\n\nFor my cat.  \n" in card and b"license: apache-2.0" in card
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "null", "nope", '{"points": 3}'])
+def test_results_of_another_form_are_refused_in_a_line(content, folder):
+    (folder / "evaluation.json").write_text(content)
+    with pytest.raises(ValueError, match=r"`folder`: .*evaluation.json .*[^\n]\Z"):
+        write_card(folder)
+    assert not (folder / "README.md").exists() and not (folder / "samples.png").exists()
 
 
 RESULT = {
@@ -666,9 +1008,24 @@ def test_cards_of_the_repository_are_up_to_date_and_run(root, tmp_path, monkeypa
     for name in CARDS:
         assert is_stale(root / "model_cards" / name) is None, f"run `diffusers-ext card model_cards/{name}`"
         (tmp_path / name).symlink_to(root / "model_cards" / name)
-        (code,) = snippets((root / "model_cards" / name / "README.md").read_text())[:1]
+        card = (root / "model_cards" / name / "README.md").read_text()
+        assert f"<!-- weights: {read_folder(root / 'model_cards' / name).digest} -->" in block(card, "evaluation")
+        code = snippets(card)[0]
         monkeypatch.chdir(tmp_path)
         exec(code.replace('"."', f'"{name}"').replace("=50", "=1"), {})
+
+
+def test_cards_of_the_repository_are_stale_with_other_weights(root, tmp_path):
+    folder = shutil.copytree(root / "model_cards" / "dit-gqa-mnist", tmp_path / "copy")
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert f"+{EARLIER}" in is_stale(folder) and "-    - type: frechet_distance" in is_stale(folder)
+    picture = (folder / "samples.png").read_bytes()
+    write_card(folder)
+    assert (folder / "samples.png").read_bytes() == picture  # which people put there
+    assert "model-index" not in (folder / "README.md").read_text() and is_stale(folder) is None
 
 
 @pytest.mark.parametrize(
@@ -691,15 +1048,28 @@ def test_stale_card_is_noticed(path, old, new, root, tmp_path):
     (folder / path).write_text(changed)
     before = (folder / "README.md").read_text()
     with pytest.raises(ValueError, match=r"is stale; `diffusers-ext card .*copy` writes it.\n--- README.md"):
-        regenerate(folder, check=True)
+        write_card(folder, check=True)
     assert (folder / "README.md").read_text() == before
-    regenerate(folder)
-    assert regenerate(folder, check=True) == folder / "README.md"
+    write_card(folder)
+    assert write_card(folder, check=True) == folder / "README.md"
     assert (folder / "README.md").read_text() != before
 
 
 def test_card_can_be_written_elsewhere(folder, tmp_path):
-    assert regenerate(folder, output=tmp_path / "new" / "card.md", license="mit") == tmp_path / "new" / "card.md"
+    assert write_card(folder, output=tmp_path / "new" / "card.md", license="mit") == tmp_path / "new" / "card.md"
     assert "license: mit" in (tmp_path / "new" / "card.md").read_text() and not (folder / "README.md").exists()
-    with pytest.raises(ValueError, match=r"`model` \('me/toy'\) must be a folder. Fetch .* pull me/toy"):
-        regenerate("me/toy")
+    assert not (folder / "samples.png").exists()
+    for other in ({"samples": True}, {"check": True}):
+        with pytest.raises(ValueError, match="`samples` draws into the folder, .* give one"):
+            write_card(folder, output=tmp_path / "other.md", **other)
+    with pytest.raises(ValueError, match=r"`folder` \('me/toy'\) must be the folder .* `diffusers-ext pull`"):
+        write_card("me/toy")
+
+
+def test_check_compares_with_what_is_asked_for(folder):
+    write_card(folder, license="mit", samples=False)
+    write_card(folder, license="mit", check=True)
+    with pytest.raises(ValueError, match=r"(?s)is stale.*\+license: apache-2.0"):
+        write_card(folder, license="apache-2.0", check=True)
+    with pytest.raises(SystemExit, match="is stale"):
+        main(["card", str(folder), "--check", "--license", "apache-2.0"])

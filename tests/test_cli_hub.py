@@ -5,11 +5,18 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 
-from diffusers_ext import ClassConditionalPipeline, DilatedConvDenoiserModel
+from diffusers_ext import (
+    ADMClassifierModel,
+    ClassConditionalBlocks,
+    ClassConditionalPipeline,
+    DilatedConvDenoiserModel,
+)
 from diffusers_ext.cli import main
+from diffusers_ext.hub import push
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +47,7 @@ def test_push_card_and_pull(model, tmp_path, hub, hub_token, capsys):
     DiffusionPipeline.from_pretrained(tmp_path / "pulled")
 
     main(["push", str(folder), "me/typed", "--revision", "next"])
+    assert capsys.readouterr().out.strip() == f"{hub.endpoint}/me/typed/tree/next"
     (folder / "README.md").write_text(card + "\nDrawn by a tiny network.\n")
     capsys.readouterr()
     main(["push", str(folder), "me/typed", "--create-pr"])
@@ -48,7 +56,9 @@ def test_push_card_and_pull(model, tmp_path, hub, hub_token, capsys):
 
 
 def test_export_of_a_hub_id_with_its_code(model, tmp_path, hub, hub_token, capsys):
-    main(["push", str(model), "me/exported"])
+    main(["push", str(model), "me/exported", "--license", "apache-2.0", "--base_model", "me/typed"])
+    card = ModelCard(hub.files("me/exported")["README.md"].decode())
+    assert card.data.license == "apache-2.0" and card.data.base_model == "me/typed"
     main(["export", "me/exported", str(tmp_path / "alone"), "--self_contained"])
     assert (tmp_path / "alone" / "pipeline.py").is_file()
     DiffusionPipeline.from_pretrained(tmp_path / "alone", trust_remote_code=True)
@@ -56,6 +66,32 @@ def test_export_of_a_hub_id_with_its_code(model, tmp_path, hub, hub_token, capsy
     assert hub.files("me/alone")["pipeline.py"] == (tmp_path / "alone" / "pipeline.py").read_bytes()
     main(["card", "me/exported", "--output", str(tmp_path / "card.md")])
     assert 'from_pretrained("me/exported")' in (tmp_path / "card.md").read_text()
+
+
+def test_models_on_the_hub_are_inspected_and_evaluated(model, tmp_path, hub, hub_token, capsys):
+    run, blocks = tmp_path / "run", tmp_path / "blocks"
+    size = {"sample_size": 8, "in_channels": 1, "block_out_channels": (8, 16), "attention_resolutions": ()}
+    ADMClassifierModel(**size, attention_head_dim=8, norm_num_groups=4, num_classes=10).save_pretrained(
+        run / "classifier"
+    )
+    DDPMScheduler().save_pretrained(run / "scheduler")
+    pipe = ClassConditionalBlocks().init_pipeline(str(model))
+    pipe.load_components()
+    push(pipe, "me/seen-blocks")
+    main(["push", str(run), "me/seen-classifier"])
+    main(["pull", "me/seen-blocks", str(blocks)])
+    capsys.readouterr()
+    for name, shown in (
+        ("me/seen-classifier", "ADMClassifierModel"),
+        (str(run), "ADMClassifierModel"),
+        ("me/seen-blocks", "DilatedConvDenoiserModel"),
+        (str(blocks), "DilatedConvDenoiserModel"),
+    ):
+        main(["inspect", name, "--effective", "never"])
+        assert shown in capsys.readouterr().out
+    line = f"evaluate me/seen-classifier --reference digits --reference_images 16 --output {tmp_path / 'measured'}"
+    main(line.split())
+    assert "Accuracy of the classifier by noise level" in (tmp_path / "measured" / "evaluation.md").read_text()
 
 
 @pytest.mark.parametrize(

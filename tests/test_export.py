@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    ModelMixin,
     ModularPipeline,
 )
 from diffusers.utils import PushToHubMixin
@@ -132,6 +134,7 @@ def test_both_kinds_draw_what_was_exported(staged, name, caplog, diffusers_log):
     carried = {path for path in files(code) if path.endswith(".py")}
     assert {path.partition("/")[0] for path in carried} == ours | (set() if name == "theirs" else {"pipeline.py"})
     assert files(code) - carried == files(plain) and not any(path.endswith(".bin") for path in files(code))
+    assert len({path.rpartition("/")[2] for path in carried}) == len(carried)  # no two files share a name
     for part in ours:
         (own,) = (code / part).glob("*.py")
         assert re.fullmatch(r"[a-z_]+_[0-9a-f]{8}", own.stem)
@@ -168,8 +171,9 @@ def test_code_that_travels_is_plain():
         assert code == component_code(name)
         assert code.file_name == f"{code.library}.py"
         check_code(code.text, inspect.getmodule(getattr(diffusers_ext, name)))
-    adm = component_code("ADMUNet2DModel")
-    assert adm.library == component_code("ADMClassifierModel").library
+    adm, critic = component_code("ADMUNet2DModel", "unet"), component_code("ADMClassifierModel", "classifier")
+    assert (adm.text, f"classifier_{adm.library}") == (critic.text, critic.library)
+    assert adm == component_code("ADMUNet2DModel")
     assert len({component_code(name).library for name in diffusers_ext.models.__all__}) == 5
     for name in ("ClassConditionalPipeline", "ClassifierGuidedPipeline"):
         code = pipeline_code(name)
@@ -195,8 +199,10 @@ def test_code_of_clashing_files_is_not_written(tmp_path, monkeypatch):
 
 def test_models_load_alike():
     """Every file of models travels alone, so what they have in common is repeated."""
-    models = (getattr(diffusers_ext, name) for name in diffusers_ext.models.__all__)
-    assert len({inspect.getsource(model.from_pretrained) for model in models}) == 1
+    models = [getattr(diffusers_ext, name) for name in diffusers_ext.models.__all__]
+    for name in ("from_pretrained", "load_lora_adapter"):
+        sources = {inspect.getsource(getattr(model, name)) for model in models}
+        assert len(sources) == 1 and not any(getattr(model, name) is getattr(ModelMixin, name, 0) for model in models)
 
 
 def check_code(text, *modules):
@@ -223,6 +229,31 @@ def check_code(text, *modules):
                 assert (value.__doc__ or "") in text
 
 
+def test_assigned_components_travel(hub, hub_token):
+    pipe = guided.tiny_pipe(classifier=None)
+    pipe.classifier = guided.tiny_classifier()
+    latents = conditional.tiny_pipe("gqa-dit")
+    latents.vae = conditional.tiny_vae()
+    text = captions.tiny_pipe()
+    text_encoder, text.text_encoder = text.text_encoder, None
+    text.text_encoder = text_encoder
+    for number, pipe in enumerate((pipe, latents, text)):
+        pipe.guider = AdaptiveProjectedGuidance(guidance_scale=3.0)
+        diffusers_ext.hub.push(pipe, f"me/assigned-{number}", self_contained=True)
+        installed = type(pipe).from_pretrained(f"me/assigned-{number}")
+        trusted = DiffusionPipeline.from_pretrained(f"me/assigned-{number}", trust_remote_code=True)
+        assert type(trusted).__module__.startswith("diffusers_modules.")
+        parts = {part for part, value in pipe.components.items() if value is not None}
+        for each in (installed, trusted):
+            assert {part for part, value in each.components.items() if value is not None} == parts
+            assert np.array_equal(draw(each), draw(pipe))
+    # out of code that travelled, and without it
+    trusted.guider = None
+    trusted.guider = ClassifierFreeGuidance(guidance_scale=2.0)
+    diffusers_ext.hub.push(trusted, "me/assigned-2")
+    assert np.array_equal(draw(DiffusionPipeline.from_pretrained("me/assigned-2")), draw(trusted))
+
+
 def test_training_starts_from_a_self_contained_folder(staged):
     for name, kind in (("latents", "code"), ("guided", "code"), ("guided", "plain")):
         network = load_network(str(staged / name / kind), ("unet", "transformer"))
@@ -244,10 +275,9 @@ def test_one_repository_does_not_change_another(staged, tmp_path, monkeypatch):
     assert np.array_equal(expected, np.load(staged / "composable" / "images.npy"))
     assert not np.array_equal(draw(second), expected)
     assert type(second.unet) is type(first.unet)
-    # and another pipeline, two of whose components share a file
+    # and another pipeline, two of whose components are of one family
     third = DiffusionPipeline.from_pretrained(staged / "guided" / "code", trust_remote_code=True)
     assert type(third).__name__ == "ClassifierGuidedPipeline"
-    assert type(third.unet).__mro__[1] is type(third.classifier).__mro__[1]
     again = DiffusionPipeline.from_pretrained(staged / "guided" / "code", trust_remote_code=True)
     assert type(again.unet) is type(third.unet)
 
@@ -304,6 +334,8 @@ def test_second_variant_beside_the_first(tmp_path):
         assert (target / name).read_bytes() == first[name]
     half = DiffusionPipeline.from_pretrained(target, variant="fp16", dtype=torch.float16)
     whole = DiffusionPipeline.from_pretrained(target)
+    assert whole.text_encoder.dtype == torch.float32 and half.text_encoder.dtype == torch.float16
+    assert read(target / "text_encoder" / "config.json").keys().isdisjoint({"dtype", "torch_dtype"})
     for part in ("unet", "text_encoder"):
         expected, in_half, in_whole = (getattr(each, part).state_dict() for each in (pipe, half, whole))
         for name, value in expected.items():
@@ -311,7 +343,7 @@ def test_second_variant_beside_the_first(tmp_path):
 
     # with code, and again without
     export(pipe, target, variant="fp16", self_contained=True)
-    code = {"pipeline.py", f"unet/{component_code('ComposableUNet2DModel').file_name}"}
+    code = {"pipeline.py", f"unet/{component_code('ComposableUNet2DModel', 'unet').file_name}"}
     assert files(target) == first.keys() | halves | code
     trusted = DiffusionPipeline.from_pretrained(target, variant="fp16", dtype=torch.float16, trust_remote_code=True)
     assert torch.equal(trusted.unet.conv_in.weight, pipe.unet.conv_in.weight)
@@ -330,6 +362,7 @@ def test_second_variant_beside_the_first(tmp_path):
 def test_stale_files_go_and_texts_stay(tmp_path):
     pipe, target = captions.tiny_pipe(guide_model=conditional.backbone("dilated")), tmp_path / "model"
     export(pipe, target, self_contained=True)
+    (target / "guide_model" / "notes.md").write_text("mine")
     pipe.unet.save_pretrained(target / "unet", max_shard_size="20KB")
     shards = {name for name in files(target / "unet") if "-of-" in name}
     assert len(shards) > 2 and "diffusion_pytorch_model.safetensors.index.json" in files(target / "unet")
@@ -340,7 +373,7 @@ def test_stale_files_go_and_texts_stay(tmp_path):
     export(captions.tiny_pipe(), target)
 
     assert files(target / "unet") == {"config.json", "diffusion_pytorch_model.safetensors"}
-    assert not (target / "guide_model").exists() and not any(name.endswith(".py") for name in files(target))
+    assert files(target / "guide_model") == {"notes.md"} and not any(name.endswith(".py") for name in files(target))
     assert read(target / "model_index.json")["guide_model"] == [None, None]
     assert (target / "notes.txt").read_text() == "mine" and "## Mine\n\nWritten by hand.\n" in card.read_text()
     assert draw(DiffusionPipeline.from_pretrained(target)).shape == (1, 8, 8, 3)
@@ -378,6 +411,58 @@ def test_export_refuses_what_is_something_else(tmp_path):
     with pytest.raises(ValueError, match="lies inside `pipe`"):
         export(tmp_path / "clone", tmp_path / "clone" / "copy")
     assert {path.name for path in tmp_path.iterdir()} == {"own", "clone"}
+
+
+def test_export_that_fails_changes_nothing(tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    export(guided.tiny_pipe(), target, self_contained=True)
+    before = {name: (target / name).read_bytes() for name in files(target)}
+    replace, moves = Path.replace, []
+
+    def fail_late(path: Path, destination: Path) -> Path:
+        if str(path).endswith("classifier/config.json") and destination.is_relative_to(target) and not moves:
+            moves.append(path)
+            raise OSError(28, "No space left on device")
+        return replace(path, destination)
+
+    monkeypatch.setattr(Path, "replace", fail_late)
+    with pytest.raises(OSError, match="No space left"):
+        export(guided.tiny_pipe(guided.tiny_unet(layers_per_block=2)), target)
+    assert before == {name: (target / name).read_bytes() for name in files(target)} and moves
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    export(guided.tiny_pipe(guided.tiny_unet(layers_per_block=2)), target)
+    assert DiffusionPipeline.from_pretrained(target).unet.config.layers_per_block == 2
+    monkeypatch.chdir(target)
+    export(guided.tiny_pipe(), ".")
+    assert Path.cwd() == target and DiffusionPipeline.from_pretrained(".").unet.config.layers_per_block == 1
+
+
+def test_exports_of_several_threads(tmp_path):
+    pipes = [guided.tiny_pipe() for _ in range(4)]
+    with ThreadPoolExecutor(len(pipes)) as threads:
+        list(threads.map(lambda number: export(pipes[number], tmp_path / str(number)), range(len(pipes))))
+    assert all((tmp_path / str(number) / "samples.png").is_file() for number in range(len(pipes)))
+    linear = torch.nn.Linear(2, 2)
+    assert linear.weight.device.type == "cpu" and linear.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("variant", ["v1.0", "", "../x", "a/b", "a b", 3])
+def test_variants_are_words(tmp_path, variant):
+    with pytest.raises(ValueError, match="`variant` .* must be a word of letters, digits, '_' and '-'"):
+        export(guided.tiny_pipe(), tmp_path / "model", variant=variant)
+    assert not list(tmp_path.iterdir())
+
+
+class MyPipeline(ClassifierGuidedPipeline):
+    """A pipeline of somebody's own module."""
+
+
+def test_pipelines_that_only_their_author_can_load(tmp_path, caplog, diffusers_log):
+    pipe = MyPipeline(**guided.tiny_pipe().components)
+    export(pipe, tmp_path / "model")
+    assert "MyPipeline is a class of neither diffusers nor diffusers_ext: only who has it can load" in caplog.text
+    with pytest.raises(ValueError, match="its code cannot be written"):
+        export(pipe, tmp_path / "code", self_contained=True)
 
 
 class Foreign(diffusers_ext.DilatedConvDenoiserModel):
@@ -475,6 +560,8 @@ def test_folder_of_an_adapter(tmp_path):
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     unet.save_lora_adapter(tmp_path / "adapter")
     export(tmp_path / "adapter", tmp_path / "out")
+    with pytest.raises(ValueError, match="`self_contained` is set, but a LoRA adapter"):
+        export(tmp_path / "adapter", tmp_path / "coded", self_contained=True)
     assert files(tmp_path / "out") == {"README.md", "pytorch_lora_weights.safetensors"}
 
 
@@ -532,6 +619,9 @@ def test_names_of_diffusers_are_where_registration_looks():
         assert list(theirs.parameters)[1:] == list(own.parameters)[1:]
         for own_class in (diffusers_ext.ADMUNet2DModel, ClassConditionalPipeline):
             assert getattr(own_class, name) is not getattr(DDPMPipeline, name)
+    modular = inspect.signature(registration._upload_modular_folder)
+    assert list(modular.parameters)[1:] == list(inspect.signature(registration._upload_folder).parameters)[1:]
+    assert "_upload_folder(" in inspect.getsource(ModularPipeline.save_pretrained)
     assert "_dict_from_json_file(" in inspect.getsource(ConfigMixin.load_config)
     assert "_upload_folder(" in inspect.getsource(PushToHubMixin.push_to_hub)
     assert "_upload_folder(" in inspect.getsource(DiffusionPipeline.save_pretrained)
@@ -544,10 +634,12 @@ def test_only_indexes_of_ours_are_translated():
         "guider": [None, None],
     }
     assert plain_index(plain) == plain
-    assert plain_index({**plain, "unet": ["unet_adm_0123abcd", "ADMUNet2DModel"]}) == plain
+    for library in ("unet_adm_0123abcd", "critic_unet_adm_0123abcd", "diffusers_modules.local.unet_adm_0123abcd"):
+        assert plain_index({**plain, "unet": [library, "ADMUNet2DModel"]}) == plain
     for value in (
         ["unet_adm_0123abcd", "DDPMUNet2DModel"],
         ["unet_adm", "ADMUNet2DModel"],
+        ["myunet_adm_0123abcd", "ADMUNet2DModel"],
         ["os_0123abcd", "ADMUNet2DModel"],
         ["unet_adm_0123abcd", "system"],
         ["unet_adm_0123abcd", ["ADMUNet2DModel"]],
@@ -601,13 +693,13 @@ def test_push_to_hub_of_models_and_saving(hub, hub_token, tmp_path):
 
 def test_self_contained_from_the_hub(hub, hub_token):
     pipe = guided.tiny_pipe()
-    diffusers_ext.hub.push(pipe, "me/with-code", self_contained=True)
-    assert {"pipeline.py", "model_index.json"} < hub.files("me/with-code").keys()
-    installed = ClassifierGuidedPipeline.from_pretrained("me/with-code")
+    diffusers_ext.hub.push(pipe, "me/carries-code", self_contained=True)
+    assert {"pipeline.py", "model_index.json"} < hub.files("me/carries-code").keys()
+    installed = ClassifierGuidedPipeline.from_pretrained("me/carries-code")
     assert type(installed.unet) is diffusers_ext.ADMUNet2DModel
     with pytest.raises(ValueError, match="trust_remote_code=True"):
-        DiffusionPipeline.from_pretrained("me/with-code")
-    trusted = DiffusionPipeline.from_pretrained("me/with-code", trust_remote_code=True)
+        DiffusionPipeline.from_pretrained("me/carries-code")
+    trusted = DiffusionPipeline.from_pretrained("me/carries-code", trust_remote_code=True)
     assert type(trusted).__module__ == "diffusers_modules.local.pipeline"
     model = guided.tiny_unet()
     diffusers_ext.hub.push(model, "me/model-with-code", self_contained=True)

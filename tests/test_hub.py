@@ -15,7 +15,13 @@ from huggingface_hub import HfApi, constants, snapshot_download
 
 from diffusers import DDPMScheduler, DiffusionPipeline
 
-from diffusers_ext import ADMClassifierModel, ADMUNet2DModel, ClassConditionalPipeline, ClassifierGuidedPipeline
+from diffusers_ext import (
+    ADMClassifierModel,
+    ADMUNet2DModel,
+    ClassConditionalPipeline,
+    ClassifierGuidanceBlocks,
+    ClassifierGuidedPipeline,
+)
 from diffusers_ext.hub import export, pull, push
 from diffusers_ext.hub.client import HubError, PushConflictError
 from diffusers_ext.hub.remote import create_repository, upload
@@ -202,6 +208,37 @@ def test_images_are_those_of_the_pushed_pipeline_bit_for_bit(hub, hub_token, pip
             np.testing.assert_array_equal(eval(SAMPLE, {"pipe": loaded, "torch": torch}), images)
 
 
+def test_classes_of_ours_load_what_carries_code_with_installed_code(hub, hub_token, pipe, tmp_path):
+    """By name from the Hub, where a download of our classes leaves the code out, and after a pull, which has it."""
+    push(pipe.unet, "me/coded-model", self_contained=True)
+    push(make_pipe().unet.to(torch.float16), "me/coded-model", self_contained=True, variant="fp16")
+    push(make_pipe(seed=1).unet, "me/coded-model", self_contained=True, revision="other")
+    for number, arguments in enumerate(({}, {"variant": "fp16"}, {"revision": "other"})):
+        unet = ADMUNet2DModel.from_pretrained("me/coded-model", cache_dir=tmp_path / str(number), **arguments)
+        assert unet.config.block_out_channels == [16, 32] and "auto_map" not in unet.config
+    assert torch.equal(unet.conv_in.weight, make_pipe(seed=1).unet.conv_in.weight)
+
+    modular = ClassifierGuidanceBlocks().init_pipeline()
+    modular.update_components(**pipe.components)
+    push(modular, "me/coded-blocks", self_contained=True)
+    unet = ADMUNet2DModel.from_pretrained("me/coded-blocks", subfolder="unet", cache_dir=tmp_path / "part")
+    assert torch.equal(unet.conv_in.weight, pipe.unet.conv_in.weight)
+    loaded = ClassifierGuidanceBlocks().init_pipeline("me/coded-blocks")
+    loaded.load_components()
+    assert type(loaded.classifier) is ADMClassifierModel
+
+    pipe.classifier.save_pretrained(tmp_path / "run" / "classifier")
+    pipe.scheduler.save_pretrained(tmp_path / "run" / "scheduler")
+    push(tmp_path / "run", "me/coded-parts", self_contained=True)
+    (code,) = (name for name in hub.files("me/coded-parts") if name.endswith(".py"))
+    part = {"subfolder": "classifier", "cache_dir": tmp_path / "critic"}
+    assert type(ADMClassifierModel.from_pretrained("me/coded-parts", **part)) is ADMClassifierModel
+    pulled = pull("me/coded-parts")
+    assert (pulled / code).is_file()
+    push(pulled, "me/coded-parts-again")
+    assert code in hub.files("me/coded-parts-again")
+
+
 # What a commit holds
 
 
@@ -221,15 +258,16 @@ def test_what_an_earlier_push_left_over_is_deleted_in_the_same_commit(hub, hub_t
     pipe.unet.save_pretrained(tmp_path / "shards", max_shard_size="200KB", variant="ema")
     left_over = {f"unet/{name}": content for name, content in contents(tmp_path / "shards").items()}
     assert len(left_over) > 6
-    more = {"unet/diffusion_pytorch_model.bin": b"pickle", "notes/unet.txt": b"mine", "unet/notes.md": b"mine"}
-    hub.write(repo_id, {**left_over, **more})
+    people = {"notes/unet.txt", "unet/notes.md", "unet/convert.py", "unet/unet_adm_0123abcd.py", "classifier/my.txt"}
+    hub.write(repo_id, {**left_over, **dict.fromkeys(people, b"mine"), "unet/diffusion_pytorch_model.bin": b"pickle"})
 
     push(pipe, repo_id)
-    kept = {name for name in left_over if ".ema" in name} | {"notes/unet.txt", "unet/notes.md", ".gitattributes"}
+    kept = {name for name in left_over if ".ema" in name} | people | {".gitattributes"}
     assert set(hub.files(repo_id)) == {*contents(folder), *kept}
     assert len(hub.commits(repo_id)) == 5  # made, seeded, self-contained, left over, and one for all of it
 
     # Another network under the same name: weights of other variants would not fit it.
+    hub.write(repo_id, {"pipeline.py": b"# by hand"})
     plain = ClassConditionalPipeline(unet=ADMUNet2DModel(**{**TINY, "layers_per_block": 2}), scheduler=DDPMScheduler())
     plain.register_modules(guide_model=plain.unet)
     push(plain, repo_id)
@@ -238,8 +276,8 @@ def test_what_an_earlier_push_left_over_is_deleted_in_the_same_commit(hub, hub_t
     push(plain, repo_id)
     names = set(hub.files(repo_id))
     assert "guide_model/config.json" not in names
-    assert not [name for name in names if name.startswith("classifier/") or ".ema" in name]
-    assert WEIGHTS in names and "notes/unet.txt" in names
+    assert [name for name in names if name.startswith("classifier/") or ".ema" in name] == ["classifier/my.txt"]
+    assert people | {WEIGHTS, "pipeline.py"} <= names
     loaded = DiffusionPipeline.from_pretrained(pull(repo_id))
     assert type(loaded) is ClassConditionalPipeline and loaded.unet.config.layers_per_block == 2
 
@@ -253,6 +291,34 @@ def test_text_that_people_wrote_on_the_hub_is_kept(hub, hub_token, repo_id, fold
     assert "Drawn for my cat." in card and "license: mit" in card
     assert f'DiffusionPipeline.from_pretrained("{repo_id}")' in card
     assert hub.files(repo_id)[WEIGHTS] == (other_folder / WEIGHTS).read_bytes()
+
+
+def test_a_repository_holds_one_kind(hub, hub_token, pipe, tmp_path):
+    push(pipe, "me/kinds")
+    push(pipe.unet, "me/kinds-model")
+    modular = ClassifierGuidanceBlocks().init_pipeline()
+    modular.update_components(**pipe.components)
+    for call, former, new in (
+        (lambda: push(pipe.unet, "me/kinds"), "a pipeline", "a model"),
+        (lambda: push(modular, "me/kinds"), "a pipeline", "a modular pipeline"),
+        (lambda: push(pipe, "me/kinds-model", create_pr=True), "a model", "a pipeline"),
+        (lambda: pipe.push_to_hub("me/kinds-model"), "a model", "a pipeline"),
+    ):
+        before = [hub.commits(name) for name in ("me/kinds", "me/kinds-model")]
+        error = error_of(call)
+        assert f"holds {former}, and `pipe` is {new}: a repository holds one of them. Choose another place" in error
+        assert [hub.commits(name) for name in ("me/kinds", "me/kinds-model")] == before
+    hub.create("me/kinds-card")
+    hub.write("me/kinds-card", {"README.md": b"# Soon\n", "notes.txt": b"mine"})
+    push(pipe.unet, "me/kinds-card")
+    assert {"notes.txt", "config.json"} < hub.files("me/kinds-card").keys()
+
+
+def test_a_card_that_cannot_be_read_is_told_in_one_sentence(hub, hub_token, repo_id, other_folder):
+    hub.write(repo_id, {"README.md": b"---\nlicense: [mit\n---\nMine"})
+    error = error_of(lambda: push(ClassifierGuidedPipeline.from_pretrained(other_folder), repo_id))
+    assert "README.md that cannot be brought up to date, since its first lines are no YAML" in error
+    assert "correct it there, or delete it, then push again" in error and "\n" not in error
 
 
 def test_single_models_adapters_and_run_folders(hub, hub_token, cache, tmp_path):
@@ -375,6 +441,13 @@ def test_a_pull_request_is_opened_once(hub, hub_token, repo_id, other_folder):
     assert len(hub.pull_requests(repo_id)) == 1
 
 
+def test_a_pull_request_is_asked_for_again_where_the_hub_was_too_busy(hub, hub_token, repo_id, other_folder, waits):
+    hub.fail("POST .*/commit/", 429)
+    hub.fail("POST .*/commit/", 503, headers={"Retry-After": "5"})
+    assert push(other_folder, repo_id, create_pr=True).pr_url and 5 in waits
+    assert len(hub.pull_requests(repo_id)) == 1
+
+
 def test_files_that_the_repository_ignores_are_missed(hub, hub_token, repo_id, other_folder):
     hub.write(repo_id, {".gitignore": b"*.safetensors\n"})
     hub.write(repo_id, {"unet/config.json": b"{}"})
@@ -430,6 +503,10 @@ def test_repositories_that_are_elsewhere_or_nowhere(hub, hub_token, repo_id, fol
         ({"repo_id": "me/hf_" + "secret" * 6}, "`repo_id` ('me/***') holds an access token"),
         ({"revision": "hf_" + "secret" * 6}, "`revision` ('***') holds an access token"),
         ({"commit_message": "hf_" + "secret" * 6}, "`commit_message` holds an access token"),
+        ({"repo_id": None}, "`repo_id` (None) is no name of a repository"),
+        ({"variant": "v1.0"}, "`variant` ('v1.0') must be a word of letters, digits, '_' and '-'"),
+        ({"variant": "../x"}, "`variant` ('../x') must be a word"),
+        ({"variant": ""}, "`variant` ('') must be a word"),
         ({"pipe_or_folder": "no-such-folder"}, "is no folder"),
         ({"pipe_or_folder": 3}, "must be a pipeline, a model"),
     ],
@@ -490,6 +567,19 @@ def test_a_lost_answer_commits_once(hub, hub_token, repo_id, other_folder, waits
     hub.before("POST .*/commit/", lambda: hub.write(repo_id, {"a.txt": b"a"}))
     with pytest.raises(PushConflictError):
         push(third, repo_id)
+
+    # The answer is lost, and somebody commits on top of what it told.
+    before = hub.commits(repo_id)
+    hub.cut("POST .*/commit/", part="response")
+    hub.before("POST .*/commit/", lambda: None)
+    hub.before("POST .*/commit/", lambda: hub.write(repo_id, {"a.txt": b"b"}))
+    info = push(third, repo_id)
+    assert hub.commits(repo_id)[1:] == [info.oid, *before]
+
+
+def test_a_hub_that_is_at_work_on_something_else_is_asked_again(hub, hub_token, repo_id, other_folder, waits):
+    hub.fail("POST .*/commit/", 409, times=2)
+    assert push(other_folder, repo_id).oid == hub.commits(repo_id)[0] and waits[-2:] == [1, 2]
 
 
 # Servers and connections that fail
@@ -603,10 +693,12 @@ def test_a_file_that_is_not_what_the_hub_promised_leaves_the_cache(
     assert contents(snapshot)[name] == contents(folder)[name] and (snapshot / name).is_symlink() == links
     assert pull(repo_id, local_files_only=True) == snapshot
 
-    hub.write(repo_id, {name: contents(folder)[name] + b" "})
-    hub.corrupt(repo_id, name, contents(folder)[name])  # shorter than promised
-    with pytest.raises(OSError):
-        pull(repo_id)
+    shutil.rmtree(cache)
+    hub.corrupt(repo_id, name, bytes(content[:-1]), times=1)  # shorter than promised
+    error = error_of(lambda: pull(repo_id))
+    assert "came with another size than the Hub states, and was not kept" in error and "http" not in error
+    assert not list(cache.rglob("*.incomplete"))
+    assert contents(pull(repo_id))[name] == contents(folder)[name]
 
 
 # What is pulled
@@ -633,6 +725,7 @@ def test_pull_takes_what_a_pipeline_needs(hub, repo_id, folder, cache):
     names = set(contents(pull(repo_id, variant="fp16", cache_dir=cache / "other")))
     assert WEIGHTS not in names and "classifier/diffusion_pytorch_model.safetensors" in names
     assert "It has 'fp16'" in error_of(lambda: pull(repo_id, variant="ema"))
+    assert "must be a word" in error_of(lambda: pull(repo_id, variant="a/b"))
     hub.create("me/texts")
     assert "holds no weights as safetensors" in error_of(lambda: pull("me/texts"))
 
@@ -693,3 +786,21 @@ def test_pull_writes_folders_as_a_whole(hub, repo_id, folder, other_folder, cach
     assert contents(tmp_path / "texts") == {"a.txt": b"mine"}
     (tmp_path / "empty").mkdir()
     assert (pull(repo_id, tmp_path / "empty") / WEIGHTS).is_file()
+    for damage in ("{", "[]", "{}", '{"files": 3}'):
+        (tmp_path / "empty" / ".pulled.json").write_text(damage)
+        assert "was not written by `pull`" in error_of(lambda: pull(repo_id, tmp_path / "empty"))
+
+
+def test_pull_does_not_take_the_current_folder_away(hub, repo_id, cache, tmp_path, monkeypatch):
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    for folder in (".", "..", tmp_path / "here"):
+        assert "is the current directory or above it" in error_of(lambda: pull(repo_id, folder))
+    assert Path.cwd() == tmp_path / "here" / "below" and not hub.log
+    assert (pull(repo_id, "model") / WEIGHTS).is_file()
+
+
+def test_pull_with_a_token_that_is_not_there(hub, repo_id, cache):
+    assert "`token` is True, but nobody is logged in: run `hf auth login`" in error_of(
+        lambda: pull(repo_id, token=True)
+    )

@@ -12,6 +12,7 @@ from diffusers import (
     AutoencoderKL,
     AutoModel,
     AutoPipelineForText2Image,
+    ClassifierFreeGuidance,
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
     DDIMPipeline,
@@ -332,6 +333,63 @@ def test_weights_come_to_lie_where_torch_puts_them():
     assert all(map(torch.equal, model.parameters(), expected))
 
 
+@pytest.mark.parametrize("slot", ["unet", "guide_model"])
+def test_weights_of_assigned_networks_are_moved_too(slot):
+    pipe, other = ours(network("dilated")), network("dilated")
+    for x in other.parameters():
+        x.data = torch.zeros(x.numel() + 1)[1:].view_as(x).copy_(x)
+    assert any(x.data_ptr() % 64 for x in other.parameters())
+    setattr(pipe, slot, other)
+    assert getattr(pipe, slot) is other and not any(x.data_ptr() % 64 for x in other.parameters())
+
+
+# Components that are assigned
+
+
+def test_components_assigned_to_empty_places_are_saved(tmp_path):
+    pipe = ours(network("adm", **CLASSES))
+    parts = {"guider": ClassifierFreeGuidance(guidance_scale=2.0), "vae": decoder(latent_channels=3)}
+    parts["guide_model"] = network("dilated", num_class_embeds=4)
+    for name, part in parts.items():
+        setattr(pipe, name, part)
+    assert {name: getattr(pipe, name) for name in parts} == parts == {name: pipe.components[name] for name in parts}
+    pipe.unet, pipe.transformer = None, network("gqa-dit", **CLASSES)
+    pipe.save_pretrained(tmp_path / "latents")
+    index = json.loads((tmp_path / "latents" / "model_index.json").read_text())
+    assert {name: index[name] for name in ("guider", "vae", "guide_model", "unet", "transformer")} == {
+        "guider": ["diffusers", "ClassifierFreeGuidance"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "guide_model": ["diffusers_ext", "DilatedConvDenoiserModel"],
+        "unet": [None, None],
+        "transformer": ["diffusers_ext", "GQADiTTransformer2DModel"],
+    }
+    loaded = quiet(DiffusionPipeline.from_pretrained(tmp_path / "latents", use_safetensors=True))
+    np.testing.assert_array_equal(draw(loaded, class_labels=[3]), draw(pipe, class_labels=[3]))
+
+    pipe = quiet(ClassifierGuidedPipeline(network("adm"), DDIMScheduler()))
+    pipe.classifier = classifier()
+    shared = quiet(ClassifierGuidedPipeline.from_pipe(pipe))
+    for number, each in enumerate((pipe, shared)):
+        each.save_pretrained(tmp_path / str(number))
+        loaded = quiet(DiffusionPipeline.from_pretrained(tmp_path / str(number), use_safetensors=True))
+        np.testing.assert_array_equal(draw(loaded, class_labels=[3]), draw(pipe, class_labels=[3]))
+    pipe.classifier = None
+    pipe.save_pretrained(tmp_path / "none")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "none", use_safetensors=True)
+    assert loaded.classifier is None and not (tmp_path / "none" / "classifier").exists()
+
+
+def test_compiled_networks_are_assigned_and_saved(tmp_path):
+    pipe = quiet(ClassifierGuidedPipeline(network("adm"), DDIMScheduler()))
+    expected = draw(pipe)
+    pipe.classifier, pipe.unet = (torch.compile(x, backend="eager") for x in (classifier(), pipe.unet))
+    assert_same(draw(pipe), expected)
+    pipe.save_pretrained(tmp_path)
+    loaded = quiet(DiffusionPipeline.from_pretrained(tmp_path, use_safetensors=True))
+    assert type(loaded.unet) is ADMUNet2DModel and type(loaded.classifier) is ADMClassifierModel
+    assert_same(draw(loaded), expected)
+
+
 # `from_pipe` and `AutoPipeline`
 
 
@@ -380,6 +438,25 @@ def test_from_pipe_does_not_lose_a_decoder():
     with pytest.raises(ValueError, match="has a `vae`, .* ClassifierGuidedPipeline decodes none"):
         ClassifierGuidedPipeline.from_pipe(pipe, classifier=classifier())
     assert ClassConditionalPipeline.from_pipe(pipe).vae is pipe.vae
+
+
+def test_from_pipe_names_what_it_leaves_out(caplog):
+    """Guidance that a class has no place for is not to vanish without a word."""
+    judge, weaker = classifier(), network("dilated", num_class_embeds=4)
+    pipe = ours(network("adm", **CLASSES), guide_model=weaker, guider=ClassifierFreeGuidance(guidance_scale=2.0))
+    caplog.clear()
+    guided = ClassifierGuidedPipeline.from_pipe(pipe, classifier=judge)
+    assert guided.guider is pipe.guider and len(caplog.messages) == 1
+    assert "ClassifierGuidedPipeline has no place for `guide_model` of `pipeline` Class" in caplog.messages[0]
+    caplog.clear()
+    back = ClassConditionalPipeline.from_pipe(guided, guide_model=weaker)
+    assert back.guide_model is weaker and len(caplog.messages) == 1
+    assert "ClassConditionalPipeline has no place for `classifier` of `pipeline` Class" in caplog.messages[0]
+    assert "`from_pipe(..., classifier=pipeline.classifier)`" in caplog.messages[0]
+    caplog.clear()
+    transformer = ours(network("gqa-dit", **CLASSES))  # which becomes the `unet`
+    ClassConditionalPipeline.from_pipe(ClassifierGuidedPipeline.from_pipe(transformer))
+    assert caplog.messages == []
 
 
 def test_from_pipe_of_diffusers():

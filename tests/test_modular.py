@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import time
 
 import pytest
 import test_captions as captions
@@ -187,6 +188,61 @@ def test_errors_are_those_of_the_standard_pipelines(arguments, message):
                 with pytest.raises(ValueError, match=message):
                     draw(each, **arguments)
             assert counted.calls == [0]
+
+
+GUIDERS = [name for name in dir(diffusers.guiders) if name.endswith("Guidance") and name != "BaseGuidance"]
+LAYERS = {
+    "AutoGuidance": {"auto_guidance_layers": [0], "dropout": 0.5},
+    "PerturbedAttentionGuidance": {"perturbed_guidance_layers": [0]},
+    "SkipLayerGuidance": {"skip_layer_guidance_layers": [0]},
+    "SmoothedEnergyGuidance": {"seg_guidance_layers": [0]},
+}
+
+
+@pytest.mark.parametrize("name", GUIDERS)
+@pytest.mark.parametrize("kind", ["guided", "conditional", "text"])
+def test_every_guider_draws_or_is_refused_by_name(kind, name):
+    try:
+        guider = getattr(diffusers.guiders, name)(**LAYERS.get(name, {}))
+    except ImportError as error:
+        pytest.skip(str(error))
+    pipe = {"guided": guided.tiny_pipe, "conditional": conditional.tiny_pipe, "text": captions.tiny_pipe}[kind]()
+    pipe.guider = guider
+    words = {"prompt": "one", "class_labels": None} if kind == "text" else {}
+    needs_layers = {"PerturbedAttentionGuidance", "SkipLayerGuidance", "LTX2Guidance", "AutoGuidance"}
+    refused = {"MagnitudeAwareGuidance", "SmoothedEnergyGuidance"} | (needs_layers if kind == "guided" else set())
+    if name not in refused:
+        try:
+            return assert_same_images(pipe, **words)
+        except ValueError as error:  # where this network has no layer that can be weakened
+            assert name in needs_layers and "finds nothing to weaken in `unet`" in str(error)
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    with guided.CountCalls(*networks) as counted:
+        for each in (pipe, modular(pipe)):
+            with pytest.raises(ValueError, match=f"`guider` {name} "):
+                draw(each, **words)
+    assert not any(counted.calls)
+
+
+class LateGuidance(ClassifierFreeGuidance):
+    """Fails towards the end of a run only, as guiders do whose parts have intervals of their own."""
+
+    def forward(self, pred_cond, pred_uncond):
+        if self._step > 1:
+            raise IndexError("nothing left")
+        return super().forward(pred_cond, pred_uncond)
+
+
+@pytest.mark.parametrize("module", [guided, conditional], ids=lambda module: module.__name__)
+def test_guiders_that_fail_late_are_refused_at_once(module):
+    pipe = module.tiny_pipe(guider=LateGuidance(guidance_scale=2.0))
+    assert_same_images(pipe, guidance_interval=(0.0, 0.6))
+    with (
+        guided.CountCalls(pipe.unet) as counted,
+        pytest.raises(ValueError, match="`guider` LateGuidance cannot .*left"),
+    ):
+        draw(pipe)
+    assert counted.calls == [0]
 
 
 def test_missing_components_are_named():
@@ -382,6 +438,51 @@ def test_code_travels_with_the_blocks_and_is_left_behind(module, tmp_path):
 
 
 # On the Hub
+
+
+def test_push_to_hub_of_diffusers_is_that_of_the_package(hub, hub_token, tmp_path):
+    pipe = guided.tiny_pipe(guider=AdaptiveProjectedGuidance(**APG))
+    push(modular(pipe), "me/m0")
+    loaded = ModularPipeline.from_pretrained("me/m0")
+    loaded.load_components()
+    twin, saved = modular(pipe), modular(pipe)
+    twin.push_to_hub("m1")
+    saved.save_pretrained(str(tmp_path), push_to_hub=True, repo_id="me/m2", overwrite_modular_index=True)
+    loaded.push_to_hub("me/m3")
+    for name, numbers in (("modular_model_index.json", (1, 2, 3)), ("README.md", (1, 2))):
+        expected = hub.files("me/m0")[name].decode()
+        for number in numbers:
+            assert hub.files(f"me/m{number}")[name].decode() == expected.replace("m0", f"m{number}")
+    assert 'ModularPipeline.from_pretrained("me/m3")' in hub.files("me/m3")["README.md"].decode()
+    assert {*hub.files("me/m0")} == {*hub.files("me/m1")} == {*hub.files("me/m2")} == {*hub.files("me/m3")}
+    for number, each in enumerate((twin, saved, loaded), 1):
+        origins = {each.config[name][2]["pretrained_model_name_or_path"] for name in each.pretrained_component_names}
+        assert origins == {f"me/m{number}"}  # and not a folder that is gone
+        again = ModularPipeline.from_pretrained(f"me/m{number}")
+        again.load_components()
+        again.set_progress_bar_config(disable=True)
+        assert torch.equal(draw(again), draw(pipe))
+
+    # What people wrote stays, and what is not of ours goes as diffusers has it.
+    card = hub.files("me/m1")["README.md"].decode()
+    hub.write("me/m1", {"README.md": f"{card}\n## Mine\n".encode()})
+    twin.push_to_hub("me/m1", commit_message="Again")
+    assert hub.files("me/m1")["README.md"].decode() == f"{card}\n## Mine\n"
+    theirs = ModularPipeline(FadeGuidance())
+    theirs.push_to_hub("me/theirs")
+    assert b"This is the model card of a" in hub.files("me/theirs")["README.md"]
+
+
+@pytest.mark.parametrize(("status", "said"), [(500, "500 Internal Server Error"), (403, "403")])
+def test_a_failing_hub_is_not_a_missing_file(hub, hub_token, monkeypatch, status, said):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    push(modular(guided.tiny_pipe()), f"me/fails-{status}")
+    hub.fail("modular_model_index", status, times=100)
+    with pytest.raises(
+        OSError, match=f"`pretrained_model_name_or_path` 'me/fails-{status}' could not be read.*{said}"
+    ):
+        ClassifierGuidanceBlocks().init_pipeline(f"me/fails-{status}")
+
 
 FRESH = """
 import sys

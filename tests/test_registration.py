@@ -105,6 +105,7 @@ assert type(AutoModel.from_pretrained(folder, subfolder="classifier")) is ADMCla
 WITHOUT_IMPORT = f"""{IMPORTS}
 for load in (
     lambda: DiffusionPipeline.from_pretrained("."),
+    lambda: DiffusionPipeline.from_pretrained("me/my-digits"),
     lambda: AutoModel.from_pretrained(".", subfolder="unet"),
 ):
     try:
@@ -114,9 +115,11 @@ for load in (
 """
 
 
-def test_readme_quotes_the_errors_without_the_import(root, folder, fresh_python):
-    errors = fresh_python(WITHOUT_IMPORT, folder).stdout.strip().splitlines()
-    assert len(errors) == 2
+def test_readme_quotes_the_errors_without_the_import(root, folder, hub, fresh_python):
+    hub.create("me/my-digits")
+    hub.write("me/my-digits", {"model_index.json": (folder / "model_index.json").read_bytes()})
+    errors = fresh_python(WITHOUT_IMPORT, folder, HF_HUB_OFFLINE="0").stdout.strip().splitlines()
+    assert len(errors) == 3
     readme = (root / "README.md").read_text()
     for error in errors:
         assert error in readme

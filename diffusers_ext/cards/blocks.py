@@ -5,20 +5,27 @@ import functools
 import inspect
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 import diffusers
 from diffusers.utils import logging
 
 import diffusers_ext
 from diffusers_ext.cards.citations import citations
-from diffusers_ext.cards.folder import LORA_FILE, Contents, Part, Weights
+from diffusers_ext.cards.document import dated
+from diffusers_ext.cards.folder import LORA_FILE, Contents, Part
 
 
 logger = logging.get_logger(__name__)
 STEPS = 50  # of the snippet; fewer where the process has fewer
 HERE = "."
+PICTURE = "samples.png"
+WEIGHTS_OF_PICTURE = "diffusers_ext weights"  # entry of the file
+NO_PICTURE = "No samples have been drawn; `diffusers-ext card FOLDER --samples True` draws some."
 WITHOUT_PACKAGE = (
     "Without `diffusers_ext`, by the code that lies beside the weights, which you should read before you trust it:"
 )
@@ -35,21 +42,24 @@ def about(contents: Contents) -> str:
         )
     told = " and ".join(_told(part) for part in contents.networks.values())
     if contents.kind in ("pipeline", "modular"):
-        what = f"A `{contents.class_name}`" + (f" with {told}" if told else "")
+        what = _with_article(contents.class_name) + (f" with {told}" if told else "")
+    elif set(contents.parts) == {"classifier"} and told:
+        what = f"a classifier of noisy images, {told}"
     else:
-        what = told[:1].upper() + told[1:] if told else f"A `{contents.class_name}`"
-        if set(contents.parts) == {"classifier"}:
-            what = f"A classifier of noisy images, {told}"
-    return f"{what}, for [diffusers](https://github.com/huggingface/diffusers) with `diffusers_ext`."
+        what = told or _with_article(contents.class_name)
+    return (
+        f"{what[0].upper()}{what[1:]}, for [diffusers](https://github.com/huggingface/diffusers) with `diffusers_ext`."
+    )
 
 
 def _told(part: Part) -> str:
-    article = "an" if part.class_name[:1] in "AEIOU" else "a"
-    return f"{article} `{part.class_name}` of {_stored(part).parameters:,} parameters"
+    return f"{_with_article(part.class_name)} of {part.stored.parameters:,} parameters"
 
 
-def _stored(part: Part) -> Weights:
-    return part.weights.get("") or next(iter(part.weights.values()))
+def _with_article(class_name: str) -> str:
+    """`UNet` and `Unified...` are spoken with a "you" at the beginning."""
+    article = "an" if re.match(r"[AEIO]|U(?![A-Z]|ni)", class_name) else "a"
+    return f"{article} `{class_name}`"
 
 
 def licence(name: Any) -> str:
@@ -127,6 +137,10 @@ def _assembled(contents: Contents, name: str, variant: str, where: str) -> list[
 def _call_lines(contents: Contents, call: str | None, more: str = "") -> list[str]:
     lines = []
     call = call or default_call(contents)
+    needed = [word for word in _needed(contents) if f"{word}=" not in call]
+    if needed:
+        given = ", ".join([*(f"{word}={word}" for word in needed), call])
+        return [f"# images = pipe({given}).images  # {' and '.join(needed)}: yours"]
     if "low_res=low_res" in call:
         lines += ["", "from PIL import Image", "", 'low_res = Image.open("small.png")']
     if _draws_latents(contents) and not more:
@@ -150,20 +164,39 @@ def default_call(contents: Contents) -> str:
         arguments.append('prompt="..."')
     if num_classes(contents):
         arguments.append("class_labels=[0]")
-        if "classifier" in contents.parts or denoiser.config.get("null_class"):
-            arguments.append("guidance_scale=2.0")
+    if contents.class_name == "DiTPipeline" and not is_guided(contents):
+        arguments.append("guidance_scale=1.0")  # of itself it would guide
+    elif num_classes(contents) and is_guided(contents):
+        arguments.append("guidance_scale=2.0")
     if denoiser and denoiser.config.get("low_res_channels"):
         arguments.append("low_res=low_res")
-    if not arguments and _takes(contents, "batch_size"):
+    if not arguments and "batch_size" in _parameters(contents, ["batch_size"]):
         arguments.append("batch_size=4")
+    if denoiser and "sample_size" in denoiser.config and denoiser.config["sample_size"] is None:
+        arguments += ["height=64", "width=64"] if "height" in _parameters(contents, ["height"]) else []
     scheduler = contents.parts.get("scheduler")
     known = scheduler.config.get("num_train_timesteps") if scheduler else None
     return ", ".join([*arguments, f"num_inference_steps={min(STEPS, known or STEPS)}"])
 
 
+def is_guided(contents: Contents) -> bool:
+    """Whether the call has a scale of guidance, and there is something to guide with."""
+    parts, denoiser = contents.parts, contents.denoiser
+    if "guider" in parts or "guidance_scale" not in _parameters(contents, ["guidance_scale"]):
+        return False  # a guider has a scale of its own
+    if contents.class_name.startswith("ClassifierGuid"):
+        return "classifier" in parts
+    if contents.class_name == "DiTPipeline" and num_classes(contents) != 1000:
+        return False  # it says 1000 for no class, whatever the network
+    has_null = denoiser is not None and (
+        denoiser.config.get("null_class") or denoiser.class_name == "DiTTransformer2DModel"
+    )
+    return bool(has_null) or "guide_model" in parts or contents.index.get("null_class_label") is not None
+
+
 def num_classes(contents: Contents) -> int | None:
     """Classes that images can be asked of."""
-    if not _takes(contents, "class_labels"):
+    if "class_labels" not in _parameters(contents, ["class_labels"]):
         return None
     parts = [contents.parts[name] for name in ("classifier", "unet", "transformer") if name in contents.parts]
     for part in parts:
@@ -173,12 +206,25 @@ def num_classes(contents: Contents) -> int | None:
     return None
 
 
-def _takes(contents: Contents, argument: str) -> bool:
-    """Whether the call of a pipeline knows an argument; what is no pipeline of diffusers is taken to know all."""
+def _parameters(contents: Contents, otherwise: Collection[str]) -> Collection[str]:
+    """What the call of a pipeline takes; `otherwise` where its class is not known."""
     found = getattr(diffusers, contents.class_name, None)
     if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
-        return True
-    return argument in inspect.signature(found.__call__).parameters
+        return otherwise
+    return inspect.signature(found.__call__).parameters
+
+
+def _needed(contents: Contents) -> list[str]:
+    """Inputs that the call of a pipeline of diffusers cannot do without, such as an image to paint over."""
+    parameters = _parameters(contents, {})
+    told = ("self", "class_labels", "prompt")
+    return [
+        name
+        for name in parameters
+        if name not in told
+        and parameters[name].default is inspect.Parameter.empty
+        and parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    ]
 
 
 def kept_call(text: str, contents: Contents) -> str | None:
@@ -197,13 +243,12 @@ def kept_call(text: str, contents: Contents) -> str | None:
     arguments = ", ".join(f"{word}={value}" for word, value in given.items())
     if contents.kind == "lora":  # what its pipeline takes is not known here
         return arguments
-    found_class = getattr(diffusers, contents.class_name, None)
-    known = given
-    if isinstance(found_class, type) and issubclass(found_class, diffusers.DiffusionPipeline):
-        known = inspect.signature(found_class.__call__).parameters
+    known = _parameters(contents, given)
+    if "guidance_scale" in given and "guider" in contents.parts:
+        return None
     inputs = {"prompt", "class_labels", "low_res"}
     needed = {word.partition("=")[0] for word in default_call(contents).split(", ")}
-    if None in given or not given.keys() <= set(known) or given.keys() & inputs != needed & inputs:
+    if None in given or not given.keys() <= {*known} or given.keys() & inputs != needed & inputs:
         return None
     return arguments
 
@@ -280,7 +325,7 @@ def architecture(contents: Contents) -> str | None:
         sections.append(process)
     labels = contents.index.get("id2label")
     if isinstance(labels, dict) and labels:
-        names = [str(label) for label in labels.values()]
+        names = [_inline(label) for label in labels.values()]
         shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
         sections.append(f"Classes: {len(names)} ({shown}).")
     if columns:
@@ -296,6 +341,12 @@ def is_ours(class_name: str) -> bool:
     return class_name in diffusers_ext.__all__
 
 
+def is_our_network(name: Any) -> bool:
+    """Whether it is the name of a network of this package."""
+    found = getattr(diffusers_ext, name) if isinstance(name, str) and is_ours(name) else None
+    return isinstance(found, type) and issubclass(found, diffusers.ModelMixin)
+
+
 def _is_model(part: Part) -> bool:
     """Whether it is a network of diffusers or of this package."""
     found = getattr(diffusers, part.class_name, None)
@@ -307,9 +358,9 @@ def _facts(contents: Contents, part: Part) -> dict[str, str]:
         f"{weights.dtype}, {_bytes(weights.size)}" + (f' (variant "{variant}")' if variant else "")
         for variant, weights in sorted(part.weights.items())
     ]
-    facts = {"class": f"`{part.class_name}`", "parameters": f"{_stored(part).parameters:,}"}
+    facts = {"class": f"`{part.class_name}`", "parameters": f"{part.stored.parameters:,}"}
     options = json.dumps({key: value for key, value in part.config.items() if key != "_name_or_path"}, sort_keys=True)
-    facts |= dict(_inspected(part.class_name, options, _stored(part).dtype))
+    facts |= dict(_inspected(part.class_name, options, part.stored.dtype))
     return facts | {"weights as stored": "; ".join(stored)}
 
 
@@ -351,10 +402,16 @@ def _process(contents: Contents) -> str | None:
         return None
     config = scheduler.config
     told = [f"{config['num_train_timesteps']} timesteps"] if config.get("num_train_timesteps") else []
-    told += [f"`{config['beta_schedule']}` betas"] if config.get("beta_schedule") else []
-    told += [f"the network predicts `{config['prediction_type']}`"] if config.get("prediction_type") else []
-    told += [f"variance `{config['variance_type']}`"] if config.get("variance_type") else []
+    told += [f"`{_inline(config['beta_schedule'])}` betas"] if config.get("beta_schedule") else []
+    told += [f"the network predicts `{_inline(config['prediction_type'])}`"] if config.get("prediction_type") else []
+    told += [f"variance `{_inline(config['variance_type'])}`"] if config.get("variance_type") else []
     return f"Process: `{scheduler.class_name}`" + (f", {', '.join(told)}." if told else ".")
+
+
+def _inline(value: Any) -> str:
+    """Text of a config within a line, where it ends neither the line nor the block."""
+    text = re.sub(r"\s+", " ", str(value)).replace("`", "'")
+    return text.replace("<!--", "&lt;!--").replace("-->", "--&gt;")
 
 
 def _bytes(number: int) -> str:
@@ -384,9 +441,19 @@ def citation(contents: Contents) -> str | None:
     return "```bibtex\n" + "\n\n".join(entries) + "\n```" if entries else None
 
 
-def picture(folder: Path) -> str | None:
+def picture(contents: Contents) -> str | None:
     """The samples that the folder shows: those drawn for the card, or the last of its training."""
-    if (folder / "samples.png").is_file():
-        return "![Samples](samples.png)"
-    pictures = sorted((folder / "samples").glob("*.png"))
+    if (contents.folder / PICTURE).is_file():
+        return dated(f"![Samples]({PICTURE})", drawn_with(contents.folder), contents.digest)
+    pictures = sorted((contents.folder / "samples").glob("*.png"))
     return f"![Samples at the end of the training](samples/{pictures[-1].name})" if pictures else None
+
+
+def drawn_with(folder: Path) -> str | None:
+    """Digest of the weights that the picture of a folder was drawn with; None where it is not one of ours."""
+    try:
+        with Image.open(folder / PICTURE) as image:
+            digest = str(image.info.get(WEIGHTS_OF_PICTURE))
+    except (OSError, ValueError, SyntaxError):  # none, or no picture
+        return None
+    return digest if re.fullmatch("[0-9a-f]+", digest) else None

@@ -1,7 +1,9 @@
 """What a folder holds: a pipeline, a modular pipeline, a network, an adapter, and the weights of its parts."""
 
+import hashlib
 import math
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +17,22 @@ _FIRST = (*DENOISERS, "classifier", "guide_model", "vae")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # diffusion_pytorch_model.fp16-00001-of-00002.safetensors: stem, variant, shard
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model|pytorch_model)(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
+_ENDS = 1 << 16  # bytes of the data of a file that its digest takes in, at each end
+# Numbers of a config that the card counts with.
+_NUMBERS = ("in_channels", "low_res_channels", "num_train_timesteps")
+_NUMBERS += ("num_classes", "num_class_embeds", "num_embeds_ada_norm")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8", "U8": "uint8"}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of a network as stored: number, bytes, and the dtype of most of them."""
+    """Weights of a network as stored: number, bytes, the dtype of most of them, and what tells them from others; the
+    digest is None for those that are not here."""
 
     parameters: int
     size: int
     dtype: str
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,11 @@ class Part:
     config: dict[str, Any] = field(repr=False)
     weights: dict[str, Weights]
     has_code: bool = False
+
+    @property
+    def stored(self) -> Weights:
+        """The weights that are loaded where no variant is asked for, or the first variant."""
+        return self.weights.get("") or next(iter(self.weights.values()))
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,26 @@ class Contents:
         """Parts with weights."""
         return {name: part for name, part in self.parts.items() if part.weights}
 
+    @cached_property
+    def digest(self) -> str | None:
+        """Tells the weights from others; None where there are none, or not all of them are here."""
+        digests = [(name, part.stored.digest) for name, part in sorted(self.networks.items())]
+        if not digests or any(digest is None for _, digest in digests):
+            return None
+        return hashlib.sha256(repr(digests).encode()).hexdigest()[:16]
+
+    def with_weights(self, others: Mapping[str, Mapping[str, Weights]]) -> "Contents":
+        """The same with weights that lie elsewhere.
+
+        Args:
+            others: by component, "" for a network by itself, and variant.
+        """
+        of = {"": next(iter(self.parts))} if self.kind == "model" else {}
+        others = {of.get(name, name): weights for name, weights in others.items()}
+        parts = {name: replace(part, weights={**others.get(name, {}), **part.weights})
+                 for name, part in self.parts.items()}  # fmt: skip
+        return replace(self, parts=parts)
+
     @property
     def denoiser(self) -> Part | None:
         """The part that removes noise."""
@@ -95,19 +128,22 @@ def read_folder(folder: Path) -> Contents:
         ValueError: when it is none, or holds nothing that a card can be about, or files that cannot be read.
     """
     if not folder.is_dir():
-        raise ValueError(f"`folder` ({str(folder)!r}) must be the folder of a model; there is none.")
+        raise ValueError(
+            f"`folder` ({str(folder)!r}) must be the folder of a model; there is none. Fetch a repository with "
+            "`diffusers-ext pull`."
+        )
     for name, kind in (("model_index.json", "pipeline"), ("modular_model_index.json", "modular")):
         if (folder / name).is_file():
             return _read_pipeline(folder, kind, _read_json(folder / name))
-    if (folder / LORA_FILE).is_file():
-        adapter = _read_adapter(folder / LORA_FILE)
-        return Contents(folder, "lora", adapter["network"], adapter, {})
     if (folder / "config.json").is_file():
         config = _read_json(folder / "config.json")
         if "_class_name" in config:
             part = _read_part(folder, "model", config["_class_name"])
             part = replace(part, name=_natural_name(part))
             return Contents(folder, "model", part.class_name, config, {part.name: part}, "auto_map" in config)
+    if (folder / LORA_FILE).is_file():
+        adapter = _read_adapter(folder / LORA_FILE)
+        return Contents(folder, "lora", adapter["network"], adapter, {})
     for name in (*DENOISERS, "classifier"):  # a run folder of one network
         if (folder / name / "config.json").is_file():
             part = _read_part(folder / name, name)
@@ -136,6 +172,9 @@ def _read_pipeline(folder: Path, kind: str, index: dict[str, Any]) -> Contents:
 def _read_part(folder: Path, name: str, class_name: Any = None) -> Part:
     files = ("config.json", "scheduler_config.json")
     config = next((_read_json(folder / file) for file in files if (folder / file).is_file()), {})
+    for word in _NUMBERS:
+        if word in config and type(config[word]) not in (int, type(None)):
+            raise ValueError(f"`folder`: `{word}` in the config of {folder} is {config[word]!r}; it must be a number.")
     class_name = class_name or config.get("_class_name")
     if class_name is None:  # a network of transformers by itself
         class_name = next(iter(config.get("architectures") or ()), None)
@@ -159,23 +198,36 @@ def read_weights(folder: Path) -> dict[str, Weights]:
     Raises:
         ValueError: for a file that is none.
     """
-    counts: dict[str, dict[str, int]] = {}  # elements, by variant and dtype
-    sizes: dict[str, int] = {}
+    files: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         found = _WEIGHTS.fullmatch(path.name)
-        if not found:
-            continue
-        variant = found[1] or ""
-        sizes[variant] = sizes.get(variant, 0) + path.stat().st_size
-        of_variant = counts.setdefault(variant, {})
-        for shape, dtype in _tensors(path).values():
-            of_variant[dtype] = of_variant.get(dtype, 0) + math.prod(shape)
+        if found:
+            files.setdefault(found[1] or "", []).append(path)
     weights = {}
-    for variant, of_variant in counts.items():
-        dtype = max(of_variant, key=of_variant.get, default="F32")
-        size = sum(of_variant.values())
-        weights[variant] = Weights(size, sizes[variant], _DTYPES.get(dtype, dtype.lower()))
+    for variant, paths in files.items():
+        tensors = [tensor for path in paths for tensor in _tensors(path).values()]
+        weights[variant] = sum_up(tensors, sum(path.stat().st_size for path in paths), _digest(paths))
     return weights
+
+
+def sum_up(tensors: Iterable[tuple[list[int], str]], size: int, digest: str | None = None) -> Weights:
+    """Weights of these shapes and dtypes, the dtypes as safetensors calls them."""
+    counts: dict[str, int] = {}
+    for shape, dtype in tensors:
+        counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
+    dtype = max(counts, key=counts.get, default="F32")
+    return Weights(sum(counts.values()), size, _DTYPES.get(dtype, dtype.lower()), digest)
+
+
+def _digest(paths: list[Path]) -> str:
+    """Of the headers and of both ends of the data: cheap, and other weights differ there."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(file.read(int.from_bytes(file.read(8), "little") + _ENDS))
+            file.seek(max(file.tell(), path.stat().st_size - _ENDS))
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def _tensors(path: Path) -> dict[str, tuple[list[int], str]]:

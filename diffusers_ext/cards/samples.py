@@ -1,17 +1,19 @@
 """A picture of samples for a card: few, from fixed noise, the same at every drawing."""
 
-import os
-import uuid
+import io
+import threading
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import diffusers
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.utils import logging
 
-from diffusers_ext.cards.blocks import is_ours, num_classes
+from diffusers_ext.cards.blocks import PICTURE, WEIGHTS_OF_PICTURE, is_ours, num_classes
 from diffusers_ext.cards.folder import Contents
+from diffusers_ext.files import write_atomically
 
 
 logger = logging.get_logger(__name__)
@@ -19,6 +21,8 @@ STEPS = 20
 COLUMNS, ROWS = 10, 2
 AFFORDABLE = 1e9  # parameters times passes through the networks: seconds on a core
 KNOWN = ("ClassConditionalPipeline", "ClassifierGuidedPipeline", "DDPMPipeline", "DDIMPipeline", "DiTPipeline")
+# While diffusers loads, parameters that are made get no memory; two loads at once leave it at that for good.
+LOADING = threading.Lock()
 
 
 def draw_samples(contents: Contents, at_any_cost: bool = False) -> None:
@@ -41,6 +45,8 @@ def draw_samples(contents: Contents, at_any_cost: bool = False) -> None:
         reason = "the pipeline needs a prompt or an image, which is for you to choose"
     elif denoiser.config.get("in_channels") not in (1, 3) and "vae" not in contents.parts:
         reason = "the pipeline draws latents"
+    elif denoiser.config.get("sample_size", 0) is None:
+        reason = "the network was made for no size"
     if reason is not None:
         if at_any_cost:
             raise ValueError(f"`samples`: nothing can be drawn for {contents.folder}, since {reason}.")
@@ -58,22 +64,22 @@ def draw_samples(contents: Contents, at_any_cost: bool = False) -> None:
             raise
         logger.warning("The card of %s has no samples, since none could be drawn: %s", contents.folder, error)
         return
-    path = contents.folder / "samples.png"
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")
-    try:
-        image.save(unfinished, format="png")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    entries = PngInfo()
+    entries.add_text(WEIGHTS_OF_PICTURE, contents.digest)
+    content = io.BytesIO()
+    image.save(content, format="png", pnginfo=entries)
+    write_atomically(contents.folder / PICTURE, content.getvalue())
 
 
 def _draw(contents: Contents, classes: int | None) -> Image.Image:
     # Ours load the folders of diffusers' pipelines too, and by installed code those that carry some.
     loader = getattr(diffusers, contents.class_name if is_ours(contents.class_name) else "ClassConditionalPipeline")
-    pipe = loader.from_pretrained(contents.folder, variant=contents.variant, use_safetensors=True)
+    with LOADING:
+        pipe = loader.from_pretrained(contents.folder, variant=contents.variant, use_safetensors=True)
     if isinstance(pipe.scheduler, DDPMScheduler):
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(desc="Drawing samples for the card")
     columns = min(COLUMNS, classes or COLUMNS)
     arguments = {"class_labels": list(range(columns))} if classes else {"batch_size": columns}
     images = []

@@ -1,11 +1,13 @@
 """Cards of training runs: what was trained, on what, and by which command."""
 
 import json
+import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
 
 from diffusers_ext.cards.card import compose, read_card, save_card
+from diffusers_ext.cards.document import dated
 from diffusers_ext.cards.folder import read_folder
 from diffusers_ext.training.config import (
     CLASSIFIER_PRESETS,
@@ -45,10 +47,12 @@ def write_training_card(
         f"`{_local_name(config.dataset)}` by\n\n```sh\n{training_command(config)}\n```"
     )
     facts = _facts(output_dir, config, steps, images_per_step)
-    given = {"training": redact("\n\n".join([told, facts, *_noise_levels(output_dir)]))}
+    contents = read_folder(output_dir)
+    told = redact("\n\n".join([told, facts, *_noise_levels(output_dir)]))
+    given = {"training": dated(told, contents.digest, contents.digest)}
     datasets = config.dataset if _is_hub_name(config.dataset) else None
     metadata = {"datasets": datasets, "license": config.license}
-    content = compose(read_folder(output_dir), read_card(output_dir), metadata=metadata, given=given)
+    content = compose(contents, read_card(output_dir), metadata=metadata, given=given)
     return save_card(output_dir, content)
 
 
@@ -103,4 +107,5 @@ def _is_hub_name(name: str) -> bool:
 
 def _local_name(value: str) -> str:
     """Paths of the machine that trained say nothing to others but their last name."""
-    return Path(value).name if value.startswith(("/", "~")) else value
+    is_path = value.startswith(("/", "~", ".", "file:")) or "\\" in value
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if is_path else value

@@ -8,7 +8,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin
 from diffusers.utils import logging
 
-from diffusers_ext.cards.card import compose, licence_name, save_card
+from diffusers_ext.cards.card import check_names, compose, licence_name, save_card
 from diffusers_ext.cards.folder import read_folder
 from diffusers_ext.conversion.original import complete_flags, load_original, presets, to_scheduler_config
 from diffusers_ext.conversion.presets import Preset
@@ -105,6 +105,7 @@ def convert_checkpoint(
             f"`classifier` is {classifier}, `classifier_preset` is {classifier_preset}: give both of them, or neither."
         )
     license = licence_name(license)
+    check_names("base_model", base_model)
     run = _read_preset(preset, "guided-diffusion/unet")
     guide_run = None if classifier is None else _read_preset(classifier_preset, "guided-diffusion/classifier")
     model = load_original(source, run.architecture, config=run.flags)

@@ -32,9 +32,10 @@ from diffusers_ext.evaluation.report import (
     write_results_to_card,
     write_tables,
 )
-from diffusers_ext.evaluation.samples import read_samples, write_atomically
+from diffusers_ext.evaluation.samples import read_samples
 from diffusers_ext.evaluation.sampling import SampleConfig, manifest, process_group, sample
 from diffusers_ext.evaluation.sweep import point_name, sweep_points
+from diffusers_ext.files import write_atomically
 
 
 # Options that say how samples were drawn, for tables and cards, where they are not the defaults.

@@ -189,8 +189,8 @@ def measure_classifier(
         if getattr(process, "betas", None) is None:
             process = DDPMScheduler()
     else:
-        folder = classifier_folder(config.model)
-        classifier = ADMClassifierModel.from_pretrained(open_folder(folder), use_safetensors=True).to(device)
+        folder = classifier_folder(open_folder(config.model))
+        classifier = ADMClassifierModel.from_pretrained(folder, use_safetensors=True).to(device)
         beside = folder.parent / "scheduler"
         process = DDPMScheduler.from_pretrained(open_folder(beside)) if beside.is_dir() else DDPMScheduler()
     size, channels = classifier.config.sample_size, classifier.config.in_channels

@@ -9,6 +9,7 @@ from typing import Literal
 import tyro
 
 from diffusers_ext.evaluation.drawing import DrawingOptions
+from diffusers_ext.hub.loading import open_folder
 from diffusers_ext.training.config import TrainingConfig
 from diffusers_ext.training.sources import open_source
 
@@ -86,18 +87,19 @@ def kind_of_model(model: str) -> Literal["pipeline", "classifier", "samples"]:
     path = Path(model).expanduser()
     if path.suffix == ".npz" and path.is_file():
         return "samples"
-    if path.is_dir():
-        if (path / "model_index.json").exists():
-            return "pipeline"
-        return "samples" if classifier_folder(model) is None else "classifier"
-    if model.startswith(("/", ".", "~")) or path.suffix == ".npz":
+    if not path.is_dir() and (model.startswith(("/", ".", "~")) or path.suffix == ".npz"):
         raise ValueError(f"`model` ({model!r}) looks like a local file or folder, but there is none.")
-    return "pipeline"
+    folder = path if path.is_dir() else open_folder(model)
+    if (folder / "model_index.json").exists():
+        return "pipeline"
+    if classifier_folder(folder) is not None:
+        return "classifier"
+    return "samples" if path.is_dir() else "pipeline"
 
 
-def classifier_folder(model: str) -> Path | None:
+def classifier_folder(model: Path) -> Path | None:
     """The folder of a noise-aware classifier: this one, or `classifier` in it, as a training leaves it."""
-    for folder in (Path(model).expanduser(), Path(model).expanduser() / "classifier"):
+    for folder in (model, model / "classifier"):
         file = folder / "config.json"
         if file.exists() and json.loads(file.read_text()).get("_class_name") == "ADMClassifierModel":
             return folder

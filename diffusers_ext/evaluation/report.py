@@ -13,13 +13,29 @@ from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 
 from diffusers_ext.cards.blocks import limits
-from diffusers_ext.cards.document import block, get_block, join, set_block, set_metadata, split
-from diffusers_ext.evaluation.samples import Samples, write_atomically
+from diffusers_ext.cards.card import ORDER, without_results
+from diffusers_ext.cards.document import (
+    append,
+    as_it_was,
+    block,
+    dated,
+    get_block,
+    join,
+    parse_metadata,
+    plain,
+    set_block,
+    set_metadata,
+    split,
+    undated,
+)
+from diffusers_ext.cards.folder import read_folder
+from diffusers_ext.evaluation.samples import Samples
 from diffusers_ext.evaluation.sweep import point_name, value_name
+from diffusers_ext.files import write_atomically
 from diffusers_ext.training.data import Batch
 
 
-BLOCK, HEADING = "evaluation", "## Results of `diffusers-ext evaluate`"  # of a card
+BLOCK = "evaluation"  # of a card
 # Kinds of metrics, as the metadata of model cards name them, by the beginning of the name.
 METRIC_TYPES = {
     "FID": "fid",
@@ -127,8 +143,9 @@ def compare_points(rows: Sequence[np.ndarray], path: Path) -> None:
 def write_results_to_card(path: Path, result: dict[str, Any]) -> None:
     """Put the results of an evaluation into a model card: `model-index` in its metadata, and a table in its text.
 
-    Text and other metadata stay as they are. A result of the same metric, data and settings is replaced. The table
-    stands between two comments, which are appended where they are missing.
+    Text and other metadata stay as they are. A result of the same metric, data and settings is replaced, and so are
+    all of other weights than the folder of the card holds now. The table stands between two comments, which are
+    appended where they are missing.
 
     Args:
         path: README.md of a model, or a folder with one; it is created where it is missing.
@@ -138,39 +155,49 @@ def write_results_to_card(path: Path, result: dict[str, Any]) -> None:
         ValueError: when the card's metadata cannot be read.
     """
     path = path / "README.md" if path.is_dir() else path
-    name = path.resolve().parent.name
-    content = path.read_bytes().decode("utf-8") if path.exists() else f"\n# {name}\n"
+    folder = path.resolve().parent
+    content = path.read_bytes().decode("utf-8") if path.exists() else f"\n# {folder.name}\n"
     try:
-        content = add_results(content, name, result)
+        digest = read_folder(folder).digest
+    except ValueError:  # a card by itself
+        digest = None
+    try:
+        content = add_results(content, folder.name, result, digest)
     except (ValueError, TypeError) as error:
         raise ValueError(f"The metadata of {path} cannot be read: {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
 
 
-def add_results(content: str, name: str, result: dict[str, Any]) -> str:
+def add_results(content: str, name: str, result: dict[str, Any], digest: str | None = None) -> str:
     """The text of a card with the results of an evaluation; see [`write_results_to_card`].
 
     Args:
         content: of the card.
         name: of the model, where the card has no results yet.
         result: as [`evaluate`] returns it.
+        digest: of the weights that were evaluated; None where that is not known.
     """
-    newline = "\r\n" if "\r\n" in content else "\n"
-    metadata, text = split(content.replace("\r\n", "\n"))
+    metadata, text = split(plain(content))
+    told = get_block(text, BLOCK)
+    if told is not None and digest is not None and undated(told)[1] not in (None, digest):
+        metadata = set_metadata(
+            metadata, {"model-index": without_results(parse_metadata(metadata).get("model-index"))}
+        )
     data = ModelCard(f"---\n{metadata or '{}'}\n---\n").data
     data.model_name = data.model_name or name
     new = eval_results(result, data.get("pipeline_tag") or "unconditional-image-generation")
     identities = {_identity(entry) for entry in new}
     data.eval_results = [entry for entry in data.eval_results or [] if _identity(entry) not in identities] + new
-    if get_block(text, BLOCK) is not None:
-        text = set_block(text, BLOCK, table(result))
+    tables = dated(table(result), digest, digest)
+    if told is not None:
+        text = set_block(text, BLOCK, tables)
     else:
-        text = f"{text.rstrip()}\n\n{HEADING}\n\n{block(BLOCK, table(result))}\n"
+        text = append(text, f"{ORDER[BLOCK]}\n\n{block(BLOCK, tables)}")
     if get_block(text, "limits") is not None:  # which said that there are no results
         text = set_block(text, "limits", limits(evaluated=True))
-    content = join(set_metadata(metadata, {"model-index": data.to_dict()["model-index"]}), text)
-    return content.replace("\n", newline)
+    index = data.to_dict().get("model-index")
+    return as_it_was(join(set_metadata(metadata, {"model-index": index}), text), content)
 
 
 def eval_results(result: dict[str, Any], task: str) -> list[EvalResult]:

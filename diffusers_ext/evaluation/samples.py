@@ -25,6 +25,8 @@ from PIL import Image
 
 from diffusers.utils import make_image_grid
 
+from diffusers_ext.files import write_atomically
+
 
 IMAGES_OF_GRID = 64
 LEFTOVER_AGE = 24 * 3600  # seconds after which nobody writes a partial file any more
@@ -276,13 +278,6 @@ def describe_shards(folder: SampleFolder, shards: list[int]) -> str:
 def to_pil(image: np.ndarray) -> Image.Image:
     """uint8 `(H, W, C)` -> image."""
     return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is never seen half written."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _age(path: Path) -> float:

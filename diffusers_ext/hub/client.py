@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
@@ -53,16 +53,16 @@ class PushConflictError(HubError):
 
 def check_repo_id(repo_id: str) -> None:
     try:
-        validate_repo_id(repo_id)
+        validate_repo_id("" if repo_id is None else repo_id)
     except HFValidationError as error:
         reason = safety.redact(str(error))
-        raise ValueError(f"`repo_id` ({shown(repo_id)!r}) is no name of a repository: {reason}") from None
+        raise ValueError(f"`repo_id` ({safety.show(repo_id)}) is no name of a repository: {reason}") from None
     _check_no_token("repo_id", repo_id)
 
 
 def _check_no_token(argument: str, value: str) -> None:
     if safety.find_tokens(value):
-        raise ValueError(f"`{argument}` ({shown(value)!r}) holds an access token; give that as `token`.")
+        raise ValueError(f"`{argument}` ({safety.show(value)}) holds an access token; give that as `token`.")
 
 
 def check_revision(revision: str | None) -> None:
@@ -71,8 +71,8 @@ def check_revision(revision: str | None) -> None:
     parts = PurePosixPath(revision).parts
     if not revision or revision.startswith("/") or ".." in parts or re.search(r"[\x00-\x20\x7f\\~^:?*\[]", revision):
         raise ValueError(
-            f"`revision` ({shown(revision)!r}) is no name of a branch, tag or commit; git allows letters, digits and "
-            "single '/', '-', '_' and '.' between them."
+            f"`revision` ({safety.show(revision)}) is no name of a branch, tag or commit; git allows letters, digits "
+            "and single '/', '-', '_' and '.' between them."
         )
     _check_no_token("revision", revision)
 
@@ -84,15 +84,13 @@ def check_token(token: str | bool | None) -> str | bool | None:
             f"`token` ({len(token)} characters) must be one word of ASCII characters, as "
             "https://huggingface.co/settings/tokens shows it; it is empty, or holds a space, a line break, or others."
         )
+    if token is True and get_token() is None:
+        raise HubError("`token` is True, but nobody is logged in: run `hf auth login`, set HF_TOKEN, or pass a token.")
     return token
 
 
 def has_token(token: str | bool | None) -> bool:
     return token is not False and (isinstance(token, str) or get_token() is not None)
-
-
-def shown(text: Any) -> str:
-    return safety.redact(str(text))
 
 
 def list_files(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
@@ -102,13 +100,31 @@ def list_files(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
-def patiently(request: Callable[[], Result], doing: str) -> Result:
-    """The answer to a request, sent up to five times while the server is overloaded, broken, or cut off."""
+def is_transient(error: BaseException) -> bool:
+    """Whether the server is overloaded, broken, or cut off."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in TRANSIENT
+    return isinstance(error, (HTTPError, json.JSONDecodeError))
+
+
+def was_refused(error: BaseException) -> bool:
+    """Whether the server was too busy for a request, and certainly did not carry it out."""
+    if not isinstance(error, HfHubHTTPError):
+        return False
+    status = error.response.status_code
+    return status in (409, 429) or (status == 503 and "retry-after" in error.response.headers)
+
+
+def patiently(
+    request: Callable[[], Result], doing: str, again: Callable[[BaseException], bool] = is_transient
+) -> Result:
+    """The answer to a request, sent up to five times after errors that `again` holds for."""
     for wait in (*WAITS, None):
         try:
             return request()
         except (HTTPError, LocalEntryNotFoundError, json.JSONDecodeError) as error:
-            pause = None if wait is None else _pause(cause_of(error), wait)
+            cause = cause_of(error)
+            pause = _pause(cause, wait) if wait is not None and again(cause) else None
             if pause is None:
                 raise
             logger.warning("%s failed (%s). Trying again in %g s.", doing, reason_of(cause_of(error)), pause)
@@ -116,17 +132,15 @@ def patiently(request: Callable[[], Result], doing: str) -> Result:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _pause(error: Exception, wait: float) -> float | None:
-    """Seconds until another attempt; None when there is no use in one."""
-    if isinstance(error, HfHubHTTPError):
-        if error.response.status_code not in TRANSIENT:
-            return None
-        headers = error.response.headers
-        limit = re.search(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))  # as in `"api";r=0;t=55`
-        asked = headers.get("retry-after") or (limit[1] if limit and error.response.status_code == 429 else "")
-        seconds = float(asked) if asked.strip().isdigit() else wait
-        return seconds if seconds <= LONGEST_WAIT else None
-    return wait if isinstance(error, (HTTPError, json.JSONDecodeError)) else None
+def _pause(error: BaseException, wait: float) -> float | None:
+    """Seconds until another attempt; None when the server asks for more than anybody waits for."""
+    if not isinstance(error, HfHubHTTPError):
+        return wait
+    headers = error.response.headers
+    limit = re.search(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))  # as in `"api";r=0;t=55`
+    asked = headers.get("retry-after") or (limit[1] if limit and error.response.status_code == 429 else "")
+    seconds = float(asked) if asked.strip().isdigit() else wait
+    return seconds if seconds <= LONGEST_WAIT else None
 
 
 def cause_of(error: BaseException) -> BaseException:

@@ -1,12 +1,12 @@
 """Export: a folder that is exactly what a repository on the Hub holds."""
 
 import copy
-import fnmatch
 import json
 import os
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,46 +16,40 @@ import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline, ModularPipelineBlocks
 from diffusers.utils import logging
 
-from diffusers_ext.cards import write_card
+from diffusers_ext.cards import inherit, write_card
+from diffusers_ext.cards.blocks import PICTURE
+from diffusers_ext.cards.folder import Weights, read_weights
+from diffusers_ext.cards.inheritance import CACHED
+from diffusers_ext.hub.contents import (
+    BLOCKS_CONFIG,
+    CARD,
+    CONFIG,
+    LORA_WEIGHTS,
+    ORIGINS,
+    Contents,
+    check_variant,
+    published_files,
+    read_json,
+    settle,
+    unpublished,
+    weights_key,
+    write_json,
+)
 from diffusers_ext.hub.flattening import (
     BLOCKS,
-    PIPELINE_FILE,
     Code,
     blocks_code,
-    blocks_library,
     component_code,
     our_class,
     pipeline_code,
     plain_config,
     plain_index,
 )
-from diffusers_ext.hub.safety import (
-    INDEX,
-    LIBRARIES,
-    MODULAR_INDEX,
-    PICKLES,
-    UnsafeRepositoryError,
-    check_folder,
-    parse_json,
-)
-from diffusers_ext.hub.snapshots import weights_key
+from diffusers_ext.hub.safety import INDEX, LIBRARIES, MODULAR_INDEX, check_folder
 
-
-CONFIG = "config.json"
-BLOCKS_CONFIG = "modular_config.json"
-CARD = "README.md"
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-
-# What of a folder no repository holds: what only resuming a training needs, what tells about the machine, what is
-# hidden or only cached. `config.json` is left out where it has the options of a training, not those of a model.
-UNPUBLISHED = ["checkpoint-*", "abandoned-*", "unfinished-*", "latents/*", "posthoc_ema/*", "logs/*", "wandb/*"]
-UNPUBLISHED += ["config.json", ".*", "*/.*", "__pycache__/*", "*/__pycache__/*"]
 
 # What an index says beside its components; other words that begin with "_" are notes of `from_pipe`.
 _NOTES = ("_class_name", "_diffusers_version", "_name_or_path", "_ignore_files")
-# Where a config says what its model was loaded from.
-_ORIGINS = ("_name_or_path", "name_or_path")
-_CACHED = re.compile(r"models--(?P<repository>[^/\\]+)[/\\]snapshots[/\\]")
 
 logger = logging.get_logger(__name__)
 
@@ -90,29 +84,35 @@ def export(
     Raises:
         ValueError: for what cannot be saved so that others can load it, and for a folder that holds something else.
     """
+    check_variant(variant)
     target = Path(folder).resolve()
     _check_target(target, pipe)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".unfinished") as name:
         staging = Path(name) / target.name
         staging.mkdir()
-        stage(pipe, staging, self_contained=self_contained, variant=variant, repo_id=repo_id)
-        stale = _stale_files(staging, target, variant)
+        inherited = stage(pipe, staging, self_contained=self_contained, variant=variant, repo_id=repo_id)
+        stale = settle(staging, Contents.of(target), f"`folder` ({str(target)!r})") if target.is_dir() else []
         if (target / CARD).is_file() and not (staging / CARD).exists():
-            shutil.copyfile(target / CARD, staging / CARD)
-        write_card(staging, repo_id=repo_id)
+            for name in (CARD, PICTURE):
+                if (target / name).is_file() and not (staging / name).exists():
+                    shutil.copyfile(target / name, staging / name)
+        write_card(staging, repo_id=repo_id, inherited=inherited, beside=_weights_beside(staging, target, stale))
         _install(staging, target, stale)
     return Path(folder)
 
 
 def stage(
     pipe: Any, staging: Path, *, self_contained: bool = False, variant: str | None = None, repo_id: str | None = None
-) -> None:
+) -> dict[str, Any]:
     """Write the files of a repository, but for the card of one that is made anew, into an empty folder.
 
     Args:
         pipe, self_contained, variant, repo_id: as in `export`.
         staging: the folder.
+
+    Returns:
+        What `inherit` finds out about the model before the paths of this machine are taken away.
     """
     if isinstance(pipe, str | os.PathLike):
         _copy_folder(Path(pipe), staging, variant)
@@ -127,99 +127,29 @@ def stage(
             f"`pipe` is {type(pipe).__name__}; it must be a pipeline, a model of diffusers or diffusers_ext, or the "
             "folder of one."
         )
+    # The configs of a folder may be somebody else's, and name any folder of this machine.
+    inherited = {} if isinstance(pipe, str | os.PathLike) else inherit(staging)
     tidy(staging, repo_id)
     if self_contained:
         _add_code(staging)
+    return inherited
 
 
-def published_files(folder: Path) -> list[str]:
-    """Files of a folder that a repository holds, by their path in it; what is left out is logged."""
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    published = [name for name in files if not unpublished(folder, name)]
-    unsafe = [name for name in published if PurePosixPath(name).suffix.lower() in PICKLES]
-    safe = {PurePosixPath(name).parent for name in published if name.endswith(".safetensors")}
-    for name in unsafe:
-        if weights_key(name) is not None and PurePosixPath(name).parent not in safe:
-            raise ValueError(
-                f"`pipe` ({str(folder)!r}) has weights in {name!r}, and none in safetensors beside them. Such files "
-                "can run code when they are loaded, so none is published: load the model, and save it with "
-                "`save_pretrained`."
-            )
-    left_out = [name for name in files if name not in published] + unsafe
-    if left_out:
-        logger.info(f"Not published from {folder}: {', '.join(left_out)}.")
-    return [name for name in published if name not in unsafe]
-
-
-def unpublished(folder: Path, name: str) -> bool:
-    """Whether a file, given by its path in the folder, is left out of the folder's repository."""
-    if name == "config.json":
-        return "_class_name" not in read_json(folder / name)
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in UNPUBLISHED)
-
-
-def carries_code(folder: Path) -> bool:
-    """Whether a folder is self-contained, as an export with `self_contained` is."""
-    for name, plain in ((INDEX, plain_index), (MODULAR_INDEX, plain_index), (CONFIG, plain_config)):
-        if (folder / name).is_file() and not unpublished(folder, name):
-            content = read_json(folder / name)
-            return plain(content) != content
-    return False
-
-
-def kind_of(folder: Path) -> str | None:
-    """What a folder holds: "pipeline", "modular", "model", "adapter", "parts" of a pipeline, or None of these."""
-    if (folder / INDEX).is_file():
-        return "pipeline"
-    if (folder / MODULAR_INDEX).is_file():
-        return "modular"
-    if (folder / CONFIG).is_file() and "_class_name" in read_json(folder / CONFIG):
-        return "model"
-    if (folder / LORA_WEIGHTS).is_file():
-        return "adapter"
-    return "parts" if _parts(folder) else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Content of an index or config.
-
-    Raises:
-        UnsafeRepositoryError: unless it is a JSON object of a size that one has.
-    """
-    content = parse_json(path, path)
-    if not isinstance(content, dict):
-        raise UnsafeRepositoryError(f"{path} holds a {type(content).__name__}; a config is a JSON object.")
-    return content
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-
-
-def _parts(folder: Path) -> list[str]:
-    """Subfolders that each hold a model."""
-    configs = sorted(folder.glob(f"*/{CONFIG}"))
-    names = [path.parent.name for path in configs if "_class_name" in read_json(path)]
-    return [name for name in names if not unpublished(folder, f"{name}/{CONFIG}")]
-
-
-def _component_folders(folder: Path) -> list[str]:
-    """Subfolders with a component each, "" for a model by itself."""
-    kind = kind_of(folder)
-    if kind in ("pipeline", "modular"):
-        index = read_json(folder / (INDEX if kind == "pipeline" else MODULAR_INDEX))
-        names = [name for name, value in index.items() if isinstance(value, list) and name.isidentifier()]
-        return [name for name in names if (folder / name).is_dir() and not (folder / name).is_symlink()]
-    return [""] if kind == "model" else _parts(folder) if kind == "parts" else []
+def _weights_beside(staging: Path, target: Path, stale: list[str]) -> dict[str, dict[str, Weights]]:
+    """Weights that stay in the target, by component and variant."""
+    gone = {(key[0], key[2] or "") for name in stale if (key := weights_key(name)) is not None}
+    parts = [part for part in Contents.of(staging).components if (target / part).is_dir()]
+    return {
+        part: {variant: told for variant, told in read_weights(target / part).items() if (part, variant) not in gone}
+        for part in parts
+    }
 
 
 def _copy_folder(source: Path, staging: Path, variant: str | None) -> None:
     if not source.is_dir():
         raise ValueError(f"`pipe` ({str(source)!r}) is no folder; give that of a pipeline or model, or the object.")
     check_folder(source)
-    if kind_of(source) is None:
+    if Contents.of(source).kind is None:
         raise ValueError(
             f"`pipe` ({str(source)!r}) holds no pipeline, model or LoRA adapter: it has neither {INDEX} nor "
             f"{MODULAR_INDEX}, no {CONFIG} of a model, and no {LORA_WEIGHTS}."
@@ -255,51 +185,49 @@ def tidy(folder: Path, repo_id: str | None = None) -> None:
         ValueError: for components that nobody could load.
     """
     forget_folders(folder)
-    if kind_of(folder) == "pipeline":
+    contents = Contents.of(folder)
+    for name in contents.code:
+        (folder / name).unlink()
+    if contents.kind == "pipeline":
         _tidy_index(folder)
-    elif kind_of(folder) == "modular":
-        _tidy_modular_index(folder, repo_id)
-    for name in _component_folders(folder):
+    elif contents.kind == "modular":
+        _tidy_modular_index(folder, contents.components, repo_id)
+    for name in contents.components:
         _check_weights(folder / name)
         path = folder / name / CONFIG
         config = read_json(path) if path.is_file() else {}
         if plain_config(config) != config:
-            (folder / name / f"{_code_name(config)}.py").unlink(missing_ok=True)
-            _write_json(path, plain_config(config))
+            write_json(path, plain_config(config))
 
 
 def _tidy_index(folder: Path) -> None:
     index = read_json(folder / INDEX)
     plain = {name: value for name, value in plain_index(index).items() if name in _NOTES or not name.startswith("_")}
-    if plain["_class_name"] != index["_class_name"]:
-        (folder / f"{index['_class_name'][0]}.py").unlink(missing_ok=True)
+    if isinstance(plain["_class_name"], str) and not hasattr(diffusers, plain["_class_name"]):
+        logger.warning(
+            "%s is a class of neither diffusers nor diffusers_ext: only who has it can load this pipeline.",
+            plain["_class_name"],
+        )
     for name, value in plain.items():
         if name in _NOTES or not isinstance(value, list) or not isinstance(value[0], str):
             continue
-        library, class_name = index[name]
+        library, class_name = value
         code = folder / name / f"{library}.py"
-        if value != index[name]:
-            code.unlink(missing_ok=True)
-        elif library not in LIBRARIES and not hasattr(diffusers.pipelines, library) and not code.is_file():
+        if library not in LIBRARIES and not hasattr(diffusers.pipelines, library) and not code.is_file():
             raise ValueError(
                 f"`{name}` is a {class_name} of {library!r}, which nobody could load: the components of a repository "
                 f"come from {', '.join(LIBRARIES)}."
             )
     if plain != index:
-        _write_json(folder / INDEX, plain)
+        write_json(folder / INDEX, plain)
 
 
-def _tidy_modular_index(folder: Path, repo_id: str | None) -> None:
+def _tidy_modular_index(folder: Path, components: list[str], repo_id: str | None) -> None:
     """Let the index take from this repository what is in it; a folder of this machine is no place to take it from."""
-    index = read_json(folder / MODULAR_INDEX)
-    plain = plain_index(index)
-    if blocks_library(index) is not None:
-        (folder / f"{blocks_library(index)}.py").unlink(missing_ok=True)
-        (folder / BLOCKS_CONFIG).unlink(missing_ok=True)
-    index = plain
-    for name in _component_folders(folder):
+    index = plain_index(read_json(folder / MODULAR_INDEX))
+    for name in components:
         index[name][2] |= {"pretrained_model_name_or_path": repo_id, "subfolder": name, "revision": None}
-    _write_json(folder / MODULAR_INDEX, index)
+    write_json(folder / MODULAR_INDEX, index)
 
 
 def _check_weights(folder: Path) -> None:
@@ -314,15 +242,16 @@ def _check_weights(folder: Path) -> None:
             )
 
 
-def _code_name(config: dict[str, Any]) -> str:
-    return config["auto_map"]["AutoModel"].partition(".")[0]
-
-
 def _add_code(folder: Path) -> None:
-    kind = kind_of(folder)
-    if kind == "modular":
-        _add_blocks(folder)
-    if kind == "pipeline":
+    contents = Contents.of(folder)
+    if contents.kind == "adapter":
+        raise ValueError(
+            "`self_contained` is set, but a LoRA adapter is loaded into a network, and has no code to carry. Leave it "
+            "out."
+        )
+    if contents.kind == "modular":
+        _add_blocks(folder, contents.components)
+    if contents.kind == "pipeline":
         index = read_json(folder / INDEX)
         name = index["_class_name"]
         if our_class(name, DiffusionPipeline) is not None:
@@ -334,19 +263,19 @@ def _add_code(folder: Path) -> None:
             )
         for component, value in index.items():
             if isinstance(value, list) and value[0] == "diffusers_ext":
-                index[component] = [_write_code(folder / component, component_code(value[1])), value[1]]
-        _write_json(folder / INDEX, index)
+                index[component] = [_write_code(folder / component, component_code(value[1], component)), value[1]]
+        write_json(folder / INDEX, index)
         return
-    for name in _component_folders(folder):
+    for name in contents.components:
         path = folder / name / CONFIG
         config = read_json(path) if path.is_file() else {}
         class_name = config.get("_class_name")
         if our_class(class_name) is not None:
-            library = _write_code(folder / name, component_code(class_name))
-            _write_json(path, config | {"auto_map": {"AutoModel": f"{library}.{class_name}"}})
+            library = _write_code(folder / name, component_code(class_name, name))
+            write_json(path, config | {"auto_map": {"AutoModel": f"{library}.{class_name}"}})
 
 
-def _add_blocks(folder: Path) -> None:
+def _add_blocks(folder: Path, components: list[str]) -> None:
     """The blocks of a modular repository, and whose file `AutoModel` finds beside each component of ours."""
     index = read_json(folder / MODULAR_INDEX)
     name = index.get("_blocks_class_name")
@@ -356,12 +285,13 @@ def _add_blocks(folder: Path) -> None:
             "written. Leave `self_contained` out, or save your blocks with their own `save_pretrained`."
         )
     index["auto_map"] = {BLOCKS: f"{_write_code(folder, blocks_code(name))}.{name}"}
-    _write_json(folder / BLOCKS_CONFIG, {"_class_name": name, "auto_map": index["auto_map"]})
-    for component in _component_folders(folder):
+    write_json(folder / BLOCKS_CONFIG, {"_class_name": name, "auto_map": index["auto_map"]})
+    for component in components:
         library, class_name, spec = index[component]
         if library == "diffusers_ext":
-            index[component] = [component_code(class_name).library, class_name, spec | {"type_hint": [None, None]}]
-    _write_json(folder / MODULAR_INDEX, index)
+            code = component_code(class_name, component)
+            index[component] = [code.library, class_name, spec | {"type_hint": [None, None]}]
+    write_json(folder / MODULAR_INDEX, index)
 
 
 def _write_code(folder: Path, code: Code) -> str:
@@ -381,14 +311,14 @@ def forget_folders(folder: Path) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             continue
-        known = {key: content[key] for key in _ORIGINS if isinstance(content.get(key), str)}
+        known = {key: content[key] for key in ORIGINS if isinstance(content.get(key), str)}
         shorter = {key: _without_machine(value) for key, value in known.items()}
         if shorter != known:
-            _write_json(path, content | shorter)
+            write_json(path, content | shorter)
 
 
 def _without_machine(origin: str) -> str:
-    cached = _CACHED.search(origin)
+    cached = CACHED.search(origin)
     if cached is not None:
         return cached["repository"].replace("--", "/")
     is_path = origin.startswith(("/", "~", ".")) or "\\" in origin or ":" in origin or origin.count("/") > 1
@@ -400,7 +330,7 @@ def _check_target(target: Path, pipe: Any) -> None:
         raise ValueError(f"`folder` ({str(target)!r}) is a file; give the name of a folder.")
     if isinstance(pipe, str | os.PathLike) and Path(pipe).resolve() in target.parents:
         raise ValueError(f"`folder` ({str(target)!r}) lies inside `pipe` ({str(pipe)!r}); choose one beside it.")
-    if not target.is_dir() or kind_of(target) is not None:
+    if not target.is_dir() or Contents.of(target).kind is not None:
         return
     others = sorted(path.name for path in target.iterdir() if not path.name.startswith(".") and path.name != CARD)
     if others:
@@ -410,59 +340,37 @@ def _check_target(target: Path, pipe: Any) -> None:
         )
 
 
-def _stale_files(staging: Path, target: Path, variant: str | None) -> list[Path]:
-    """Files of an earlier export that the new one replaces by none."""
-    before, after = kind_of(target) if target.is_dir() else None, kind_of(staging)
-    if before is None:
-        return []
-    if before != after:
-        raise ValueError(
-            f"`folder` ({str(target)!r}) holds a {before}, and `pipe` is a {after}: a repository holds one of them. "
-            "Choose another folder, or empty it."
-        )
-    stale = _code_files(target)
-    for name in {*_component_folders(target), *_component_folders(staging)}:
-        same = _architecture(target / name) == _architecture(staging / name)
-        for path in (target / name).glob("*"):
-            key = weights_key(path.name)
-            of_another_variant = key is not None and same and key[2] != variant and "safetensors" in path.name
-            if path.is_file() and (key is not None or name) and not of_another_variant:
-                stale.append(path)
-    return [path for path in stale if not (staging / path.relative_to(target)).exists()]
+def _install(staging: Path, target: Path, stale: list[str]) -> None:
+    """Put the staged files in the place of the former ones, all of them or none.
 
-
-def _code_files(folder: Path) -> list[Path]:
-    """Code at the top of a self-contained repository of ours."""
-    if kind_of(folder) == "pipeline":
-        index = read_json(folder / INDEX)
-        return [folder / f"{PIPELINE_FILE}.py"] if plain_index(index)["_class_name"] != index["_class_name"] else []
-    if kind_of(folder) == "modular":
-        library = blocks_library(read_json(folder / MODULAR_INDEX))
-        return [folder / f"{library}.py", folder / BLOCKS_CONFIG] if library is not None else []
-    config = read_json(folder / CONFIG) if kind_of(folder) == "model" else {}
-    return [folder / f"{_code_name(config)}.py"] if plain_config(config) != config else []
-
-
-def _architecture(folder: Path) -> dict[str, Any] | None:
-    """What a component's config says about the shapes of its weights; None without a config."""
-    if not (folder / CONFIG).is_file():
-        return None
-    config = plain_config(read_json(folder / CONFIG))
-    untold = ("_diffusers_version", "transformers_version", "dtype", "torch_dtype", *_ORIGINS)
-    return {key: value for key, value in config.items() if key not in untold}
-
-
-def _install(staging: Path, target: Path, stale: list[Path]) -> None:
+    Args:
+        staging: folder beside the target.
+        target: folder; made where it is missing.
+        stale: files in it that go.
+    """
     if not target.exists():
         staging.rename(target)
         return
-    # Indexes last: they name what the other files hold.
-    files = [path for path in staging.rglob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
-        destination = target / path.relative_to(staging)
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(destination)
-    for path in stale:
-        path.unlink()
-        if not any(path.parent.iterdir()):
-            path.parent.rmdir()
+    files = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
+    # Indexes go first and come last: they name what the other files hold.
+    files.sort(key=lambda name: (name.endswith(".json"), name), reverse=True)
+    former = Path(tempfile.mkdtemp(dir=staging.parent))
+    moves = [(target / name, former / name) for name in [*files, *stale] if (target / name).exists()]
+    moves += [(staging / name, target / name) for name in reversed(files)]
+    done, made = [], []
+    try:
+        for source, destination in moves:
+            made += [folder for folder in reversed(destination.parents) if not folder.exists()]
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(destination)
+            done.append((source, destination))
+    except BaseException:
+        for source, destination in reversed(done):
+            destination.replace(source)
+        for folder in reversed(made):
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+    for folder in {(target / name).parent for name in stale}:
+        if not any(folder.iterdir()):
+            folder.rmdir()

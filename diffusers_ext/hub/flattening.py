@@ -36,7 +36,7 @@ _RULE = f"# {'-' * (LINE_LENGTH - 2)}"
 
 # How a component of ours is called in the index of a self-contained repository; with the longer name where it was
 # saved again by code that had come from such a repository.
-_FLAT_LIBRARY = re.compile(r"(?:diffusers_modules\.local\.)?(?P<family>[a-z][a-z0-9_]*)_[0-9a-f]{8}")
+_FLAT_LIBRARY = re.compile(r"(?:diffusers_modules\.local\.)?(?P<name>[A-Za-z][A-Za-z0-9_]*)_[0-9a-f]{8}")
 
 _COMPONENT_START = """
 
@@ -80,15 +80,18 @@ def our_class(name: object, base: type = ModelMixin) -> type | None:
     return found if found is not None and issubclass(found, base) else None
 
 
-def component_code(class_name: str) -> Code:
-    """The file of one of our models, named after its family and a hash of the content.
+def component_code(class_name: str, component: str = "") -> Code:
+    """The file of one of our models, named after the component, its family and a hash of the content.
 
     Args:
         class_name: a public class of `diffusers_ext.models`.
+        component: of a pipeline, so that no two files of a repository share a name; empty for a model by itself.
     """
     module = inspect.getmodule(getattr(diffusers_ext, class_name))
     text = _flatten([module], _COMPONENT_START, _COMPONENT_END)
-    return Code(f"{_family(class_name)}_{_digest(text)}", text)
+    family = _family(class_name)
+    name = family if not component or family.startswith(f"{component}_") else f"{component}_{family}"
+    return Code(f"{name}_{_digest(text)}", text)
 
 
 def pipeline_code(class_name: str) -> Code:
@@ -157,7 +160,11 @@ def plain_config(config: dict[str, Any]) -> dict[str, Any]:
 def is_flat(library: object, class_name: object, base: type = ModelMixin) -> bool:
     """Whether an index names code that we wrote for a class of ours, of this version of the package or another."""
     match = _FLAT_LIBRARY.fullmatch(library) if isinstance(library, str) else None
-    return match is not None and our_class(class_name, base) is not None and match["family"] == _family(class_name)
+    return (
+        match is not None
+        and our_class(class_name, base) is not None
+        and f"_{match['name']}".endswith(f"_{_family(class_name)}")
+    )
 
 
 def _digest(text: str) -> str:

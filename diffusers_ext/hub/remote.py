@@ -8,12 +8,12 @@ after a transfer; retries of the requests that the client sends once only; and e
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
-import threading
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    ModelCard,
     constants,
     hf_hub_download,
 )
@@ -33,11 +34,16 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import SafetensorsFileMetadata
 
 from diffusers.utils import logging
 
 import diffusers_ext
-from diffusers_ext.cards import write_card
+from diffusers_ext.cards import merge_cards, write_card
+from diffusers_ext.cards.blocks import PICTURE
+from diffusers_ext.cards.card import decode
+from diffusers_ext.cards.document import parse_metadata, plain, split
+from diffusers_ext.cards.folder import Weights, sum_up
 from diffusers_ext.hub import safety
 from diffusers_ext.hub.client import (
     COMMIT,
@@ -47,23 +53,22 @@ from diffusers_ext.hub.client import (
     check_revision,
     check_token,
     has_token,
+    is_transient,
     list_files,
     one_sentence,
     patiently,
     reason_of,
-    shown,
+    was_refused,
 )
-from diffusers_ext.hub.export import carries_code, published_files, stage
-from diffusers_ext.hub.snapshots import INDEXES, fetch_snapshot, is_as_promised, weights_key
+from diffusers_ext.hub.contents import CARD, Contents, check_variant, published_files, settle, weights_key
+from diffusers_ext.hub.export import stage
+from diffusers_ext.hub.safety import show
+from diffusers_ext.hub.snapshots import fetch_snapshot, is_as_promised
 
 
 logger = logging.get_logger(__name__)
 
-CARD = "README.md"
 NEW = {".gitattributes", CARD}  # what the Hub puts into a new repository
-GENERATED = re.compile(r"_[0-9a-f]{8,}\.py$")  # code that a self-contained push carries
-# Cards load what they tell of, and while diffusers loads, parameters that other threads make are without memory.
-PREPARING = threading.Lock()
 PULLED = ".pulled.json"  # what `pull` wrote into a folder
 
 
@@ -78,11 +83,14 @@ def push(
     create_pr: bool = False,
     token: str | bool | None = None,
     variant: str | None = None,
+    license: str | None = None,
+    base_model: str | Sequence[str] | None = None,
 ) -> CommitInfo:
     """Publish a pipeline or model as one commit; makes the repository and the branch where they are missing.
 
     Weights, indexes and code that an earlier push of the same components and variant left behind are deleted in the
-    same commit. Text that people wrote in the card on the Hub is kept.
+    same commit. Text that people wrote in the card on the Hub is kept, unless a folder is pushed in whose card people
+    wrote as well: that card replaces it.
 
     Args:
         pipe_or_folder: pipeline, model, modular pipeline, or the folder of one, of a training, or of a LoRA adapter.
@@ -95,29 +103,30 @@ def push(
         create_pr: open a pull request instead of committing to main.
         token: with the right to write; None takes the one that `hf auth login` stored.
         variant: name of these weights, as in `from_pretrained(..., variant="fp16")`; others in the repository stay.
+        license: of the weights, for the card, by its Hub identifier such as `apache-2.0`; None: the one that is known.
+        base_model: model that this one was made from, for the card; None: the one that is known.
 
     Returns:
         The commit, with `pr_url` for a pull request; the present one where nothing has changed.
 
     Raises:
-        ValueError: for wrong arguments, and for what must not be published: pickles, access tokens in text files, a
-            folder that is no model.
+        ValueError: for wrong arguments, for what must not be published: pickles, access tokens in text files, a
+            folder that is no model; and where the repository holds another kind, such as a pipeline and not a model.
         PushConflictError: when somebody pushed meanwhile.
         HubError: when the Hub refuses, or does not answer after five attempts.
     """
+    check_variant(variant)
     target = _read_target(repo_id, revision=revision, private=private, create_pr=create_pr, token=token)
     is_folder = isinstance(pipe_or_folder, (str, os.PathLike))
     name = Path(pipe_or_folder).resolve().name if is_folder else type(pipe_or_folder).__name__
-    self_contained = self_contained or (is_folder and carries_code(Path(pipe_or_folder)))
+    self_contained = self_contained or (is_folder and bool(Contents.of(Path(pipe_or_folder)).code))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, target.repo_id.rpartition("/")[2])
         folder.mkdir()
-        with PREPARING:
-            stage(pipe_or_folder, folder, self_contained=self_contained, variant=variant, repo_id=target.repo_id)
-        if CARD in target.files and not (folder / CARD).exists():
-            (folder / CARD).write_bytes(target.read(CARD))
-        with PREPARING:
-            write_card(folder, repo_id=target.repo_id)
+        inherited = stage(
+            pipe_or_folder, folder, self_contained=self_contained, variant=variant, repo_id=target.repo_id
+        )
+        _write_card(folder, target, inherited, license=license, base_model=base_model)
         return _upload(folder, target, commit_message or f"Push {name} with diffusers_ext")
 
 
@@ -130,13 +139,19 @@ def upload(
     commit_message: str | None = None,
     create_pr: bool = False,
     token: str | bool | None = None,
+    inherited: dict[str, Any] | None = None,
 ) -> CommitInfo:
     """Upload a folder that is a repository already, as `export` or `save_pretrained` writes it.
 
     Arguments and errors are those of `push`; hidden files and what only resuming a training needs stay behind.
+
+    Args:
+        inherited: what a card is written with, as [`inherit`] returns it; None leaves the card as it is.
     """
     folder = Path(folder)
     target = _read_target(repo_id, revision=revision, private=private, create_pr=create_pr, token=token)
+    if inherited is not None:
+        _write_card(folder, target, inherited)
     return _upload(folder, target, commit_message or f"Upload {folder.resolve().name} with diffusers_ext")
 
 
@@ -174,8 +189,8 @@ def pull(
 
     Args:
         repo_id: `"user/name"`.
-        folder: written as a whole; new, empty, or pulled earlier and unchanged since. None leaves the files in the
-            cache.
+        folder: written as a whole; new, empty, or pulled earlier and unchanged since, and not the current one. None
+            leaves the files in the cache.
         revision: branch, tag, commit or `refs/pr/1`; None means main.
         variant: weights to fetch; components without that variant come in their plain form.
         token: for private repositories; None takes the one that `hf auth login` stored.
@@ -192,11 +207,12 @@ def pull(
     """
     check_repo_id(repo_id)
     check_revision(revision)
+    check_variant(variant)
     token = check_token(token)
     if folder is not None:
         folder = Path(folder)
         _check_replaceable(folder)
-    source = shown(f"{repo_id}@{revision}" if revision else repo_id)
+    source = safety.redact(f"{repo_id}@{revision}" if revision else repo_id)
     with one_sentence(repo_id, revision, token):
         snapshot, files = fetch_snapshot(repo_id, source, revision, variant, token, cache_dir, local_files_only)
     if folder is None:
@@ -241,8 +257,24 @@ class _Target:
             return {}
         return content if isinstance(content, dict) else {}
 
+    def read_card(self) -> bytes:
+        content = self.read(CARD)
+        try:
+            parse_metadata(split(plain(content.decode("utf-8")))[0])
+        except ValueError as error:
+            raise ValueError(
+                f"`repo_id` ({self.repo_id!r}) has a {CARD} that cannot be brought up to date, since its first lines "
+                f"are no YAML ({reason_of(error)}): correct it there, or delete it, then push again."
+            ) from None
+        return content
+
+    @property
+    def contents(self) -> Contents:
+        return Contents(frozenset(self.files), self.read_json)
+
     def create(self) -> "_Target":
         """The same with repository and branch made, where they were missing."""
+        target = self
         with one_sentence(self.repo_id, self.branch, self.token):
             if self.head is None:
                 made = patiently(
@@ -261,15 +293,14 @@ class _Target:
                         f"{self.repo_id!r} was not there when this push began; somebody made it meanwhile. Nothing "
                         "of yours was uploaded; look at what it holds, then push again."
                     )
-                return target.create()
-            if not self.has_branch:
+            if not target.has_branch:
                 patiently(
                     lambda: self.api.create_branch(
-                        self.repo_id, branch=self.branch, revision=self.head, exist_ok=True
+                        target.repo_id, branch=target.branch, revision=target.head, exist_ok=True
                     ),
-                    f"creating the branch {self.branch}",
+                    f"creating the branch {target.branch}",
                 )
-        return self
+        return target
 
 
 def _read_target(
@@ -311,7 +342,7 @@ def _read_target(
             return target
         if info.id != repo_id:
             raise HubError(
-                f"`repo_id` ({shown(repo_id)!r}) was renamed; the repository is {shown(info.id)!r} now. Push to that "
+                f"`repo_id` ({show(repo_id)}) was renamed; the repository is {show(info.id)} now. Push to that "
                 "name, if it is the one you mean."
             )
         if private and not info.private:
@@ -332,17 +363,63 @@ def _read_target(
         )
 
 
+def _write_card(folder: Path, target: _Target, inherited: dict[str, Any], **given: Any) -> None:
+    """Write the card of what is pushed, on the ground of the one that the repository has.
+
+    Args:
+        given: metadata, as `write_card` takes it.
+    """
+    card = folder / CARD
+    if CARD in target.files:
+        local = decode(card.read_bytes(), CARD) if card.is_file() else ""
+        card.write_bytes(merge_cards(local, target.read_card().decode("utf-8")).encode("utf-8"))
+        if PICTURE in target.files and not (folder / PICTURE).exists():
+            (folder / PICTURE).write_bytes(target.read(PICTURE))
+    beside = _weights_beside(folder, target)
+    write_card(folder, repo_id=target.repo_id, inherited=inherited, beside=beside, **given)
+    if ModelCard.load(card).data.get("license") is None:
+        logger.warning(
+            f"The card of {target.repo_id} names no licence of the weights, so nobody may use them. Push with "
+            "`license`, such as apache-2.0 or cc-by-nc-4.0, to say what people may do."
+        )
+
+
+def _weights_beside(folder: Path, target: _Target) -> dict[str, dict[str, Weights]]:
+    """Weights that a push leaves in the repository, by component and variant."""
+    new, former = Contents.of(folder), target.contents
+    stale = settle(folder, former, f"`repo_id` ({target.repo_id!r})")
+    files: dict[tuple[str, str], list[str]] = {}
+    for name in sorted(former.names - new.names - {*stale}):
+        key = weights_key(name)
+        if key is not None and name.endswith(".safetensors") and key[0] in new.components:
+            files.setdefault((key[0], key[2] or ""), []).append(name)
+    found: dict[str, dict[str, Weights]] = {}
+    for (part, variant), names in files.items():
+        tensors: list[tuple[list[int], str]] = []
+        for name in names:
+            with one_sentence(target.repo_id, target.head, target.token):
+                told = patiently(partial(_read_header, target, name), f"reading {name}")
+            tensors += [(tensor.shape, tensor.dtype) for tensor in told.tensors.values()]
+        size = sum(target.files[name].size for name in names)
+        found.setdefault(part, {})[variant] = sum_up(tensors, size)
+    return found
+
+
+def _read_header(target: _Target, name: str) -> SafetensorsFileMetadata:
+    return target.api.parse_safetensors_file_metadata(target.repo_id, name, revision=target.head)
+
+
 def _upload(folder: Path, target: _Target, message: str) -> CommitInfo:
     """Commit what differs between a folder and the state that the push builds on."""
     if safety.find_tokens(message):
         raise ValueError("`commit_message` holds an access token, which everybody could read. Write another.")
     names = _checked_files(folder)
+    left_over = settle(folder, target.contents, f"`repo_id` ({target.repo_id!r})")
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, folder / name) for name in names
     ]
-    target = target.create()
-    left_over = _left_over(target, folder, set(names))
     operations += [CommitOperationDelete(name, is_folder=False) for name in left_over]
+    target = target.create()
     if left_over:
         logger.info("Deleting what an earlier push left in %s: %s.", target.repo_id, ", ".join(left_over))
     api = target.api
@@ -376,42 +453,54 @@ def _commit(
     def send() -> CommitInfo:
         nonlocal attempts
         attempts += 1
-        return api.create_commit(
-            target.repo_id,
-            operations,
-            commit_message=message,
-            revision=target.branch,
-            create_pr=target.create_pr,
-            parent_commit=target.head,
-        )
+        try:
+            with warnings.catch_warnings():
+                # That a licence is missing, push has said by itself.
+                warnings.filterwarnings("ignore", message="Warnings while validating metadata")
+                return api.create_commit(
+                    target.repo_id,
+                    operations,
+                    commit_message=message,
+                    revision=target.branch,
+                    create_pr=target.create_pr,
+                    parent_commit=target.head,
+                )
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (409, 412):
+                raise
+            history = patiently(
+                lambda: api.list_repo_commits(target.repo_id, revision=target.branch), f"reading {target.repo_id}"
+            )
+            commits = [commit.commit_id for commit in history]
+            if commits[0] == target.head:  # nobody pushed; the Hub was at work on something else
+                raise
+            if attempts > 1 and target.head in commits:  # an answer may have got lost: is the next commit this one?
+                commit = commits[commits.index(target.head) - 1]
+                tree = list_files(api, target.repo_id, commit)
+                deleted = {operation.path_in_repo for operation in operations} - set(names)
+                if not deleted & tree.keys() and all(
+                    name in tree and is_as_promised(folder / name, tree[name]) for name in names
+                ):
+                    return CommitInfo(f"{api.endpoint}/{target.repo_id}/commit/{commit}", message, "", commit)
+            lost = attempts > 1 and target.head not in commits  # somebody has rewritten the history
+            done = "It is not known whether yours was uploaded" if lost else "Nothing of yours was uploaded"
+            raise PushConflictError(
+                f"{target.repo_id!r} has changed since this push began: somebody pushed to {target.branch!r} "
+                f"meanwhile ({target.head:.8} became {commits[0]:.8}). {done} to that branch; look at the change, "
+                "then push again."
+            ) from error
 
     try:
-        if target.create_pr:  # a second attempt might open a second pull request
-            return send()
-        return patiently(send, f"committing to {target.repo_id}")
+        # A request for a pull request that may have been carried out is not repeated: it might open a second one.
+        again = was_refused if target.create_pr else lambda error: was_refused(error) or is_transient(error)
+        return patiently(send, f"committing to {target.repo_id}", again)
     except HTTPError as error:
-        if target.create_pr and (not isinstance(error, HfHubHTTPError) or error.response.status_code >= 500):
+        if target.create_pr and is_transient(error) and not was_refused(error):
             raise HubError(
                 f"{target.repo_id!r}: the answer of the Hub got lost ({reason_of(error)}), so the pull request may be "
                 f"open or not. Look at {api.endpoint}/{target.repo_id}/discussions before you push again."
             ) from error
-        if not isinstance(error, HfHubHTTPError):
-            raise
-        if error.response.status_code not in (409, 412):
-            raise
-        head = api.model_info(target.repo_id, revision=target.branch, timeout=60).sha
-        if attempts > 1:
-            tree = list_files(api, target.repo_id, head)
-            deleted = {operation.path_in_repo for operation in operations} - set(names)
-            if not deleted & tree.keys() and all(
-                name in tree and is_as_promised(folder / name, tree[name]) for name in names
-            ):
-                return CommitInfo(f"{api.endpoint}/{target.repo_id}/commit/{head}", message, "", head)
-        raise PushConflictError(
-            f"{target.repo_id!r} has changed since this push began: somebody pushed to {target.branch!r} meanwhile "
-            f"({target.head:.8} became {head:.8}). Nothing of yours was uploaded to that branch; look at the change, "
-            "then push again."
-        ) from error
+        raise
 
 
 def _checked_files(folder: Path) -> list[str]:
@@ -439,67 +528,26 @@ def _checked_files(folder: Path) -> list[str]:
     return names
 
 
-def _left_over(target: _Target, folder: Path, names: set[str]) -> list[str]:
-    """Files of the repository that belong to an earlier push of the same components and variant."""
-    pushed = {key for name in names if (key := weights_key(name)) is not None}
-    parts = {part for part, _, _ in pushed} | {
-        name.rpartition("/")[0] for name in names if name.endswith("config.json")
-    }
-    gone: set[str] = set()  # components of the former pipeline that this one does not have
-    for index in INDEXES:
-        if index in names and index in target.files:
-            before, now = target.read_json(index), json.loads((folder / index).read_bytes())
-            gone |= _components(before) - _components(now)
-    other_variants = {key[0] for name in target.files if (key := weights_key(name)) and key not in pushed}
-    changed = {part for part in other_variants & parts if _has_changed(target, folder, part)}
-    is_pipeline = any(index in names for index in INDEXES)
-
-    def is_left_over(name: str) -> bool:
-        part, _, file = name.rpartition("/")
-        key = weights_key(name)
-        if part in gone or key in pushed or (key is not None and part in changed):
-            return True
-        if part:
-            return part in parts and file.endswith(".py")
-        return (is_pipeline and file == "pipeline.py") or ("config.json" in names and bool(GENERATED.search(file)))
-
-    return sorted(name for name in target.files if name not in names and is_left_over(name))
-
-
-def _components(index: dict[str, Any]) -> set[str]:
-    """Names of the components that a pipeline has, and of its options; those that are null are left out."""
-    null = {name for name, value in index.items() if isinstance(value, list) and None in value}
-    return {name for name in index if not name.startswith("_")} - null
-
-
-def _has_changed(target: _Target, folder: Path, part: str) -> bool:
-    """Whether a component is another network than in the repository, so that weights of other variants do not fit."""
-    name = f"{part}/config.json".lstrip("/")
-    if name not in target.files or not (folder / name).is_file():
-        return False
-    told = ("auto_map", "dtype", "torch_dtype", "transformers_version")
-    before, now = (
-        {key: value for key, value in config.items() if not key.startswith("_") and key not in told}
-        for config in (target.read_json(name), json.loads((folder / name).read_bytes()))
-    )
-    return before != now
-
-
 # Folders of pull
 
 
 def _check_replaceable(folder: Path) -> None:
-    """A folder that `pull` may write: new, empty, or exactly what an earlier pull wrote."""
+    """A folder that `pull` may put another one in the place of: new, empty, or exactly what an earlier pull wrote."""
     if not folder.exists():
         return
     if not folder.is_dir():
         raise ValueError(f"`folder` ({str(folder)!r}) is a file; name a folder that is new, empty, or pulled earlier.")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"`folder` ({str(folder)!r}) is the current directory or above it, and would be replaced by another one. "
+            "Name a folder inside of it, or change to its parent first."
+        )
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {PULLED}
     if not present and not (folder / PULLED).exists():
         return
     reason = "was not written by `pull`"
-    if (folder / PULLED).is_file():
-        written = json.loads((folder / PULLED).read_text())["files"]
+    written = _pulled_files(folder / PULLED)
+    if written is not None:
         changed = [name for name in sorted(present) if _sha256(folder / name) != written.get(name)]
         if not changed:
             return
@@ -507,6 +555,15 @@ def _check_replaceable(folder: Path) -> None:
     raise ValueError(
         f"`folder` ({str(folder)!r}) {reason}, and would be overwritten. Move it away, or pull into another folder."
     )
+
+
+def _pulled_files(record: Path) -> dict[str, str] | None:
+    """Files that an earlier pull wrote, with their hashes; None where it is not known."""
+    try:
+        written = json.loads(record.read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return written if isinstance(written, dict) else None
 
 
 def _copy(snapshot: Path, files: Iterable[str], folder: Path, repo_id: str) -> None:

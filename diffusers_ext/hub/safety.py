@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 import diffusers
 from diffusers.guiders import BaseGuidance
 
-from diffusers_ext.hub.flattening import plain_index
+from diffusers_ext.hub.flattening import plain_config, plain_index
 
 
 LIBRARIES = ("diffusers", "transformers", "diffusers_ext")
@@ -88,7 +88,7 @@ def check_file_names(names: Iterable[str], source: object) -> None:
         reason = _fault_of_name(name)
         if reason is not None:
             raise UnsafeRepositoryError(
-                f"{source} has a file named {_show(name)}, which {reason}. Nothing is read; ask its author to rename "
+                f"{source} has a file named {show(name)}, which {reason}. Nothing is read; ask its author to rename "
                 "the file."
             )
         parts = name.split("/")
@@ -96,7 +96,7 @@ def check_file_names(names: Iterable[str], source: object) -> None:
             other = seen.setdefault(unicodedata.normalize("NFC", path).casefold(), path)
             if other != path:
                 raise UnsafeRepositoryError(
-                    f"{source} has both {_show(other)} and {_show(path)}, which are one file where a system does not "
+                    f"{source} has both {show(other)} and {show(path)}, which are one file where a system does not "
                     "tell capital letters apart. Nothing is read; ask its author to rename one."
                 )
 
@@ -147,10 +147,10 @@ def parse_json(content: os.PathLike | bytes, source: object, limit: int = MAX_JS
         if len(found) != len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise UnsafeRepositoryError(f"{source} has the key {_show(twice)} twice, so its meaning is not certain.")
+            raise UnsafeRepositoryError(f"{source} has the key {show(twice)} twice, so its meaning is not certain.")
         for key, value in pairs:
             if isinstance(value, float) and math.isinf(value) and key not in INFINITE_OPTIONS:
-                raise UnsafeRepositoryError(f"{source} has {_show(key)} {value}, which is no finite number.")
+                raise UnsafeRepositoryError(f"{source} has {show(key)} {value}, which is no finite number.")
         return found
 
     def constant(word: str) -> float:
@@ -207,7 +207,7 @@ def check_index(index: object, source: object, files: Collection[str] | None = N
             continue
         if not (name.isidentifier() and name.isascii() and len(name) <= MAX_NAME) or name.startswith("__"):
             raise UnsafeRepositoryError(
-                f"{source} has a component {_show(name)}; a component is a folder beside the index and is named by a "
+                f"{source} has a component {show(name)}; a component is a folder beside the index and is named by a "
                 "plain word."
             )
         if name == "auto_map":
@@ -215,11 +215,11 @@ def check_index(index: object, source: object, files: Collection[str] | None = N
         elif name == "_ignore_files":
             if not isinstance(entry, list) or not all(isinstance(file, str) for file in entry):
                 raise UnsafeRepositoryError(
-                    f"{source} has `_ignore_files` {_show(entry)}; it must hold names of files."
+                    f"{source} has `_ignore_files` {show(entry)}; it must hold names of files."
                 )
         elif name.startswith("_"):
             if entry is not None and not isinstance(entry, (str, bool)):
-                raise UnsafeRepositoryError(f"{source} has `{name}` {_show(entry)}; it must be a text.")
+                raise UnsafeRepositoryError(f"{source} has `{name}` {show(entry)}; it must be a text.")
         elif isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], dict):
             _check_entry(name, entry[:2], source, files)
             _check_loading_spec(name, entry[2], source)
@@ -236,13 +236,13 @@ def _check_pipeline_name(index: Mapping[str, Any], source: object, files: Collec
     name = index.get("_class_name", index.get("_blocks_class_name"))
     if isinstance(name, list) and len(name) == 2 and all(isinstance(word, str) for word in name):
         file, class_name = name
-        _check_file(file, f"`_class_name` {_show(name)}", source, f"{file}.py", files)
+        _check_file(file, f"`_class_name` {show(name)}", source, f"{file}.py", files)
         if not _is_class_name(class_name):
-            raise UnsafeRepositoryError(f"{source} has the pipeline {_show(name)}, whose class has no plain name.")
+            raise UnsafeRepositoryError(f"{source} has the pipeline {show(name)}, whose class has no plain name.")
         return _pipeline_class(class_name)
     if not isinstance(name, str):
         raise UnsafeRepositoryError(
-            f"{source} has `_class_name` {_show(name)}; it must be the name of a pipeline, or [file, name] where the "
+            f"{source} has `_class_name` {show(name)}; it must be the name of a pipeline, or [file, name] where the "
             "repository carries its code."
         )
     blocks = index.get("_blocks_class_name")  # of a modular pipeline; they may come with another repository
@@ -252,7 +252,7 @@ def _check_pipeline_name(index: Mapping[str, Any], source: object, files: Collec
     found = _pipeline_class(name) if _is_class_name(name) else None
     if found is None or not is_known:
         raise UnsafeRepositoryError(
-            f"{source} has the pipeline {_show(name if found is None else blocks)}, which is no pipeline of diffusers "
+            f"{source} has the pipeline {show(name if found is None else blocks)}, which is no pipeline of diffusers "
             "or diffusers_ext. Where it is one of a newer release, upgrade; where it is yours, import it first."
         )
     return found
@@ -290,18 +290,18 @@ def _check_entry(name: str, entry: Any, source: object, files: Collection[str] |
         return
     if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
         raise UnsafeRepositoryError(
-            f"{source} has `{name}` {_show(entry)}; a component must be [library, class], both of them texts, or null."
+            f"{source} has `{name}` {show(entry)}; a component must be [library, class], both of them texts, or null."
         )
     library, class_name = entry
     if not _is_class_name(class_name):
         raise UnsafeRepositoryError(
-            f"{source} has `{name}` {_show(entry)}, whose class has no plain name: functions, private and dotted "
+            f"{source} has `{name}` {show(entry)}, whose class has no plain name: functions, private and dotted "
             "names are not loaded."
         )
     own_file = f"{name}/{library}.py"
     if library in LIBRARIES and files is not None and own_file in files:
         raise UnsafeRepositoryError(
-            f"{source} has `{name}` {_show(entry)} and a file {own_file}, which would be run in place of the library "
+            f"{source} has `{name}` {show(entry)} and a file {own_file}, which would be run in place of the library "
             f"{library}. Ask its author to remove the file."
         )
     is_file = files is not None and own_file in files
@@ -310,23 +310,23 @@ def _check_entry(name: str, entry: Any, source: object, files: Collection[str] |
         return
     if library in LIBRARIES:
         raise UnsafeRepositoryError(
-            f"{source} has `{name}` {_show(entry)}, which is no model, scheduler, guider, text encoder, tokenizer or "
+            f"{source} has `{name}` {show(entry)}, which is no model, scheduler, guider, text encoder, tokenizer or "
             f"processor of {library}. Nothing of it is called; where it is one of a newer release, upgrade."
         )
     if not is_file and (files is not None or _module(library) is not None or not _is_file_stem(library)):
         raise UnsafeRepositoryError(
-            f"{source} has `{name}` {_show(entry)}, and {_show(library)} is no library that models come from "
+            f"{source} has `{name}` {show(entry)}, and {show(library)} is no library that models come from "
             f"({', '.join(LIBRARIES)}). It is not imported and nothing of it is called; if it is a module of yours "
             "that defines a model, import it first."
         )
-    _check_file(library, f"`{name}` {_show(entry)}", source, own_file, files)
+    _check_file(library, f"`{name}` {show(entry)}", source, own_file, files)
 
 
 def _check_file(word: str, entry: str, source: object, file: str, files: Collection[str] | None) -> None:
     """A word of the index that stands for a file of code in the repository."""
     if not _is_file_stem(word):
         raise UnsafeRepositoryError(
-            f"{source} has {entry}, and {_show(word)} is no file of this repository, but a module or a path. It is "
+            f"{source} has {entry}, and {show(word)} is no file of this repository, but a module or a path. It is "
             "not imported; a repository may only name its own files, flat and with plain names."
         )
     if files is not None and file not in files:
@@ -426,24 +426,24 @@ def _check_loading_spec(name: str, spec: Mapping[str, Any], source: object) -> N
             if isinstance(value, list) and value not in abstract:
                 _check_entry(name, value, source, None)
             elif value is not None and not isinstance(value, list):
-                raise UnsafeRepositoryError(f"{source} has `{name}` of the type {_show(value)}; it must be a class.")
+                raise UnsafeRepositoryError(f"{source} has `{name}` of the type {show(value)}; it must be a class.")
         elif value is None or isinstance(value, bool):
             continue
         elif not isinstance(value, str):
-            raise UnsafeRepositoryError(f"{source} has `{name}` with `{key}` {_show(value)}; it must be a text.")
+            raise UnsafeRepositoryError(f"{source} has `{name}` with `{key}` {show(value)}; it must be a text.")
         elif key in ("pretrained_model_name_or_path", "repo"):
             try:
                 validate_repo_id(value)
             except HFValidationError:
                 raise UnsafeRepositoryError(
-                    f"{source} takes `{name}` from {_show(value)}, which is no name of a repository; paths and "
+                    f"{source} takes `{name}` from {show(value)}, which is no name of a repository; paths and "
                     "addresses are not followed."
                 ) from None
         elif key == "subfolder":
             if value and _fault_of_name(value) is not None:
-                raise UnsafeRepositoryError(f"{source} takes `{name}` from the folder {_show(value)}, which is none.")
+                raise UnsafeRepositoryError(f"{source} takes `{name}` from the folder {show(value)}, which is none.")
         elif not re.fullmatch(r"[\w./-]{0,255}", value) or ".." in value:
-            raise UnsafeRepositoryError(f"{source} has `{name}` with `{key}` {_show(value)}, which is no plain word.")
+            raise UnsafeRepositoryError(f"{source} has `{name}` with `{key}` {show(value)}, which is no plain word.")
 
 
 # Configs of components
@@ -466,10 +466,10 @@ def check_config(config: object, source: object, files: Collection[str] | None =
         value = config.get(key)
         plain = value is None or (isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w.-]{0,254}", value))
         if not plain or (key == "_class_name" and value is not None and not _is_class_name(value)):
-            raise UnsafeRepositoryError(f"{source} has `{key}` {_show(value)}; it must be the plain name of a class.")
+            raise UnsafeRepositoryError(f"{source} has `{key}` {show(value)}; it must be the plain name of a class.")
     for key in ("_name_or_path", "_diffusers_version", "name_or_path"):
         if not isinstance(config.get(key, ""), (str, type(None))):
-            raise UnsafeRepositoryError(f"{source} has `{key}` {_show(config[key])}; it must be a text.")
+            raise UnsafeRepositoryError(f"{source} has `{key}` {show(config[key])}; it must be a text.")
     if "auto_map" in config:
         _check_auto_map(config["auto_map"], source, files)
     if config.get("quantization_config") is not None:
@@ -484,17 +484,17 @@ def _check_auto_map(auto_map: Any, source: object, files: Collection[str] | None
         file, dot, class_name = reference.partition(".") if isinstance(reference, str) else ("", "", "")
         if kind not in ("AutoModel", "ModularPipelineBlocks") or not dot or not _is_class_name(class_name):
             raise UnsafeRepositoryError(
-                f"{source} has `auto_map` {_show(auto_map)}, which asks for code that is not its own, or of a kind "
+                f"{source} has `auto_map` {show(auto_map)}, which asks for code that is not its own, or of a kind "
                 "that is never run. Remove the entry, or load a copy of this model that needs no code."
             )
-        _check_file(file, f"`auto_map` {_show(reference)}", source, f"{file}.py", files)
+        _check_file(file, f"`auto_map` {show(reference)}", source, f"{file}.py", files)
 
 
 def _check_quantization(options: Any, source: object) -> None:
     method = options.get("quant_method") if isinstance(options, dict) else None
     if method not in QUANTISERS:
         raise UnsafeRepositoryError(
-            f"{source} has `quantization_config` {_show(options)}; only weights of {' or '.join(sorted(QUANTISERS))} "
+            f"{source} has `quantization_config` {show(options)}; only weights of {' or '.join(sorted(QUANTISERS))} "
             "are loaded. Quantise the original weights while loading them."
         )
     waiting = [options]
@@ -506,7 +506,7 @@ def _check_quantization(options: Any, source: object) -> None:
             is_class = isinstance(kind, str) and re.fullmatch(r"[A-Z][A-Za-z0-9_]{0,99}", kind)
             if kind is not None and not is_dtype and not is_class:
                 raise UnsafeRepositoryError(
-                    f"{source} has `quantization_config` of the type {_show(kind)}, which is no config of torchao."
+                    f"{source} has `quantization_config` of the type {show(kind)}, which is no config of torchao."
                 )
         waiting.extend(_values(value))
 
@@ -517,20 +517,20 @@ def _check_values(value: Any, source: object, key: str = "") -> None:
         for name, inner in value.items():
             if re.fullmatch(r"_.*_|class_path|.*[\x00-\x1f].*", name, flags=re.DOTALL):
                 raise UnsafeRepositoryError(
-                    f"{source} has the key {_show(name)}, by which some programs choose what to call. No option of a "
+                    f"{source} has the key {show(name)}, by which some programs choose what to call. No option of a "
                     "model is named so."
                 )
             if isinstance(inner, str) and name in ("vocab_file", "merges_file", "tokenizer_file", "spm_file"):
                 if _fault_of_name(inner.removeprefix("./")) is not None:
                     raise UnsafeRepositoryError(
-                        f"{source} has `{name}` {_show(inner)}, a path outside of the repository. Remove the entry."
+                        f"{source} has `{name}` {show(inner)}, a path outside of the repository. Remove the entry."
                     )
             _check_values(inner, source, name)
     elif isinstance(value, list):
         for inner in value:
             _check_values(inner, source, key)
     elif isinstance(value, float) and not math.isfinite(value) and key not in INFINITE_OPTIONS:
-        raise UnsafeRepositoryError(f"{source} has {_show(key)} {value}, which is no finite number.")
+        raise UnsafeRepositoryError(f"{source} has {show(key)} {value}, which is no finite number.")
     elif isinstance(value, int) and not isinstance(value, bool) and key != "model_max_length":
         limit = MAX_INTEGER
         if key == "num_train_timesteps":
@@ -538,7 +538,7 @@ def _check_values(value: Any, source: object, key: str = "") -> None:
         elif re.search(r"(^|_)(layers?|blocks?|depth)(_|$)", key) and "channels" not in key:
             limit = MAX_LAYERS
         if abs(value) > limit:
-            raise UnsafeRepositoryError(f"{source} has `{key}` {_show(value)}; it may be {limit} at most.")
+            raise UnsafeRepositoryError(f"{source} has `{key}` {show(value)}; it may be {limit} at most.")
 
 
 # Folders
@@ -604,7 +604,7 @@ def _files_below(root: Path, part: str, source: object, depth: int = 0) -> list[
     folder = root / part
     if folder.is_symlink() or depth > MAX_DEPTH:
         raise UnsafeRepositoryError(
-            f"{source}: {_show(part)} is a link to a folder elsewhere. Put a copy in its place."
+            f"{source}: {show(part)} is a link to a folder elsewhere. Put a copy in its place."
         )
     files = []
     for entry in _entries(folder, source):
@@ -621,15 +621,15 @@ def _check_kind(path: Path, root: Path, source: object) -> None:
         stores = [root] + [above.parent / "blobs" for above in (root, *root.parents) if above.name == "snapshots"]
         if not any(target.is_relative_to(store) for store in stores):
             raise UnsafeRepositoryError(
-                f"{source}: {_show(name)} is a symlink to {_show(str(target))}, outside of the folder. It is not "
+                f"{source}: {show(name)} is a symlink to {show(str(target))}, outside of the folder. It is not "
                 "followed; put a copy of the file in its place."
             )
     try:
         mode = path.stat().st_mode
     except OSError:
-        raise UnsafeRepositoryError(f"{source}: {_show(name)} is a symlink to a file that is not there.") from None
+        raise UnsafeRepositoryError(f"{source}: {show(name)} is a symlink to a file that is not there.") from None
     if not stat.S_ISREG(mode):
-        raise UnsafeRepositoryError(f"{source}: {_show(name)} is no regular file, but a device, pipe or socket.")
+        raise UnsafeRepositoryError(f"{source}: {show(name)} is no regular file, but a device, pipe or socket.")
 
 
 def _check_part(
@@ -654,6 +654,8 @@ def _check_part(
                 raise UnsafeRepositoryError(f"{title} is larger than {MAX_VOCABULARY >> 20} MiB, oversized.")
         elif name == "config.json" or name.endswith("_config.json"):
             config = parse_json(path, title)
+            if isinstance(config, dict):
+                config = plain_config(config)  # as with the index: such code is never fetched for classes of ours
             check_config(config, title, names)
             if name == "config.json" and stands_alone:
                 _check_model_name(config, title)
@@ -674,7 +676,7 @@ def _check_model_name(config: Mapping[str, Any], source: object) -> None:
     )
     if not any(isinstance(model, type) and issubclass(model, diffusers.ModelMixin) for model in known):
         raise UnsafeRepositoryError(
-            f"{source} has `_class_name` {_show(name)}, which is no model of diffusers or diffusers_ext. Where it is "
+            f"{source} has `_class_name` {show(name)}, which is no model of diffusers or diffusers_ext. Where it is "
             "one of a newer release, upgrade; where it is yours, import it first."
         )
 
@@ -696,14 +698,14 @@ def _check_shards(index: Any, source: object, names: Collection[str]) -> None:
     if not isinstance(weight_map, dict):
         raise UnsafeRepositoryError(f"{source} has no `weight_map` from weights to files.")
     if not isinstance(index.get("metadata", {}), dict):
-        raise UnsafeRepositoryError(f"{source} has `metadata` {_show(index['metadata'])}; it must be an object.")
+        raise UnsafeRepositoryError(f"{source} has `metadata` {show(index['metadata'])}; it must be an object.")
     for shard in sorted(set(map(str, weight_map.values()))):
         if _fault_of_name(shard) is not None or "/" in shard:
             raise UnsafeRepositoryError(
-                f"{source} says that weights are in {_show(shard)}, which leads out of its folder (path traversal)."
+                f"{source} says that weights are in {show(shard)}, which leads out of its folder (path traversal)."
             )
         if shard.endswith(".safetensors") and shard not in names:
-            raise UnsafeRepositoryError(f"{source} says that weights are in {_show(shard)}, which is not there.")
+            raise UnsafeRepositoryError(f"{source} says that weights are in {show(shard)}, which is not there.")
 
 
 def check_safetensors(path: Path, source: object = None) -> None:
@@ -766,25 +768,26 @@ def wanted_files(sizes: Mapping[str, int | None], index: Mapping[str, Any] | Non
         limit = MAX_VOCABULARY if path.name in VOCABULARIES else MAX_JSON
         if path.suffix == ".json" and (sizes[name] or 0) > limit:
             raise UnsafeRepositoryError(
-                f"{source} has {_show(name)} of {sizes[name] >> 20} MiB, oversized for a config: it may have "
+                f"{source} has {show(name)} of {sizes[name] >> 20} MiB, oversized for a config: it may have "
                 f"{limit >> 20} MiB. Nothing is downloaded."
             )
         wanted.append(name)
     return wanted
 
 
-def code_files(index: Mapping[str, Any], files: Collection[str]) -> set[str]:
-    """Python files that an index or config names and that are there; they run only where a user trusts them."""
+def code_files(index: Mapping[str, Any], files: Collection[str], folder: str = "") -> set[str]:
+    """Python files that an index or config in `folder` names and that are there; they run only where a user trusts
+    them."""
     named = set()
-    if isinstance(index.get("_class_name"), list):
+    if isinstance(index.get("_class_name"), list) and index["_class_name"]:
         named.add(f"{index['_class_name'][0]}.py")
     if isinstance(index.get("auto_map"), dict):
         named.update(f"{str(reference).partition('.')[0]}.py" for reference in index["auto_map"].values())
     for name, entry in index.items():
-        if isinstance(entry, list) and len(entry) in (2, 3) and name[0] != "_" and isinstance(entry[0], str):
+        if isinstance(entry, list) and len(entry) in (2, 3) and name[:1] != "_" and isinstance(entry[0], str):
             if entry[0] not in LIBRARIES:
                 named.add(f"{name}/{entry[0]}.py")
-    return named & set(files)
+    return {str(PurePosixPath(folder) / name) for name in named} & set(files)
 
 
 # Access tokens
@@ -817,7 +820,7 @@ def _token_in_use() -> list[str]:
     return [token, quote(token, safe="")] if token and len(token) >= 8 else []
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     """A foreign value for an error: on one line, in ASCII, short, without tokens."""
     text = redact(ascii(value))
     return text if len(text) <= 120 else f"{text[:117]}..."

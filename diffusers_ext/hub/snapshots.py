@@ -4,6 +4,7 @@ import glob
 import hashlib
 import os
 import re
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,10 @@ from diffusers.utils import logging
 
 from diffusers_ext.hub import safety
 from diffusers_ext.hub.client import TRANSIENT, HubError, list_files, patiently, reason_of
+from diffusers_ext.hub.contents import CONFIG, INDEXES, weights_key
 
 
 logger = logging.get_logger(__name__)
-
-INDEXES = (safety.INDEX, safety.MODULAR_INDEX)
 
 
 def fetch_snapshot(
@@ -91,22 +91,44 @@ def _checked_snapshot(
     """
     sizes = {name: file.size for name, file in tree.items()}
     safety.wanted_files(sizes, None, source)  # names and sizes are good, before anything is fetched
-    index = None
-    index_name = next((name for name in (*INDEXES, "config.json") if name in tree), None)
-    if index_name is not None:
-        path = Path(patiently(lambda: hf_hub_download(repo_id, index_name, **place), f"reading {index_name}"))
-        _check_files(path.parent, {index_name: tree[index_name]}, source, is_right)
-        index = safety.parse_json(path, f"{source}: {index_name}")
-        check = safety.check_index if index_name in INDEXES else safety.check_config
-        check(index, f"{source}: {index_name}", set(tree))
+
+    def fetch(download: Callable[[], str], doing: str) -> Path:
+        try:
+            return Path(patiently(download, doing))
+        except OSError as error:
+            if "Consistency check failed" not in str(error):  # the client's words for a file of another size
+                raise
+            blobs = Path(
+                place["cache_dir"] or constants.HF_HUB_CACHE, f"models--{repo_id.replace('/', '--')}", "blobs"
+            )
+            for unfinished in blobs.glob("*.incomplete"):
+                unfinished.unlink()
+            raise HubError(
+                f"A file of {source!r} came with another size than the Hub states, and was not kept. Pull again; if "
+                "it happens again, the file is damaged there, or something between you and the Hub changes it."
+            ) from None
+
+    def read(name: str) -> Any:
+        path = fetch(lambda: hf_hub_download(repo_id, name, **place), f"reading {name}")
+        _check_files(path.parents[name.count("/")], {name: tree[name]}, source, is_right)
+        content = safety.parse_json(path, f"{source}: {name}")
+        if name in INDEXES:
+            safety.check_index(content, f"{source}: {name}", set(tree))
+        else:
+            safety.check_config(content, f"{source}: {name}", None if "/" in name else set(tree))
+        return content
+
+    index_name = next((name for name in (*INDEXES, CONFIG) if name in tree), None)
+    index = None if index_name is None else read(index_name)
     wanted = safety.wanted_files(sizes, index, source)
     if index_name in INDEXES:
         wanted = [name for name in wanted if _is_of_pipeline(name, index)]
+    if index_name is None:  # parts of a pipeline: each config names the code of its part
+        for name in [name for name in wanted if re.fullmatch(rf"[^/]+/{re.escape(CONFIG)}", name)]:
+            wanted += sorted(safety.code_files(read(name), tree, name.rpartition("/")[0]))
     wanted = _of_variant(wanted, variant, source)
     patterns = [glob.escape(name) for name in wanted]
-    snapshot = Path(
-        patiently(lambda: snapshot_download(repo_id, allow_patterns=patterns, **place), f"downloading {source}")
-    )
+    snapshot = fetch(lambda: snapshot_download(repo_id, allow_patterns=patterns, **place), f"downloading {source}")
     _check_files(snapshot, {name: tree[name] for name in wanted}, source, is_right)
     safety.check_folder(snapshot, source)
     return snapshot, wanted
@@ -196,20 +218,6 @@ def _remember(snapshot: Path, revision: str, commit: str) -> None:
     if revision != commit:
         ref = snapshot.parents[1] / "refs" / revision
         ref.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = ref.with_name(f".{ref.name}.{os.getpid()}")
+        unfinished = ref.with_name(f".{ref.name}.{uuid.uuid4().hex}")
         unfinished.write_text(commit)
         unfinished.replace(ref)
-
-
-def weights_key(name: str) -> tuple[str, str, str | None] | None:
-    """Component, stem and variant of a file of weights or of an index of shards; None for other files.
-
-    Shards of one model have the same key, and so has `model.safetensors` with the pickle `pytorch_model.bin`.
-    """
-    part, _, file = name.rpartition("/")
-    index = re.fullmatch(r"([^.]+)\.(?:safetensors|bin)\.index(?:\.([^.]+))?\.json", file)
-    if index:
-        return part, index[1].removeprefix("pytorch_"), index[2]
-    shard = r"(?:-\d{5}-of-\d{5})?"
-    weights = re.fullmatch(rf"([^.]+?){shard}(?:\.([^.]+?){shard})?\.(?:safetensors|bin|msgpack|h5)", file)
-    return None if weights is None else (part, weights[1].removeprefix("pytorch_"), weights[2])

@@ -19,7 +19,11 @@ import diffusers
 from diffusers import ModelMixin
 
 import diffusers_ext
-from diffusers_ext.hub.safety import check_config, parse_json
+from diffusers_ext.hub.safety import INDEX, MODULAR_INDEX, check_config, parse_json
+
+
+INDEXES = (INDEX, MODULAR_INDEX)
+LONE_NETWORK = "classifier"  # the folder in which `train classifier` leaves it, without a pipeline
 
 
 @dataclass(frozen=True)
@@ -81,23 +85,30 @@ def _preset_source(name: str) -> Source:
 
 
 def _folder_sources(folder: Path, name: str) -> list[Source]:
-    if (folder / "model_index.json").is_file():
-        index = _read_json(folder / "model_index.json")
-        parts = [part for part in index if _is_network(index[part]) and (folder / part / "config.json").is_file()]
-        if not parts:
-            raise ValueError(f"`models` has {name!r}, a pipeline without networks of diffusers.")
-        sources = [_config_source(f"{name}/{part}", _read_json(folder / part / "config.json")) for part in parts]
-        return [replace(source, folder=folder / part) for source, part in zip(sources, parts)]
+    for index_name in INDEXES:
+        if (folder / index_name).is_file():
+            index = _read_json(folder / index_name)
+            parts = [part for part in index if _is_network(index[part]) and (folder / part / "config.json").is_file()]
+            if not parts:
+                raise ValueError(f"`models` has {name!r}, a pipeline without networks of diffusers.")
+            return _parts(folder, name, parts)
+    if (folder / LONE_NETWORK / "config.json").is_file():
+        return _parts(folder, name, [LONE_NETWORK])
     if (folder / "config.json").is_file():
         return [replace(_config_source(name, _read_json(folder / "config.json")), folder=folder)]
     raise ValueError(
-        f"`models` has {name!r}, which holds neither a model (config.json) nor a pipeline (model_index.json)."
+        f"`models` has {name!r}, which holds neither a model (config.json) nor a pipeline ({' or '.join(INDEXES)})."
     )
+
+
+def _parts(folder: Path, name: str, parts: list[str]) -> list[Source]:
+    sources = [_config_source(f"{name}/{part}", _read_json(folder / part / "config.json")) for part in parts]
+    return [replace(source, folder=folder / part) for source, part in zip(sources, parts)]
 
 
 def _is_network(entry: Any) -> bool:
     """Whether an entry of model_index.json names a class of ours or of diffusers'."""
-    return isinstance(entry, list) and len(entry) == 2 and _model_class(entry[1]) is not None
+    return isinstance(entry, list) and len(entry) in (2, 3) and _model_class(entry[1]) is not None
 
 
 def _model_class(name: Any) -> type[ModelMixin] | None:
@@ -132,8 +143,10 @@ def _hub_sources(name: str) -> list[Source]:
     if not is_id or words[0] in families:
         raise ValueError(f"`models` has {name!r}, which is no preset and no folder{_suggestion(name)}")
     repository, subfolder = "/".join(words[:2]), "/".join(words[2:])
-    index = None if subfolder else _fetch_json(repository, "model_index.json")
-    if index is not None:
+    for index_name in () if subfolder else INDEXES:
+        index = _fetch_json(repository, index_name)
+        if index is None:
+            continue
         parts = [part for part in index if _is_network(index[part])]
         if not parts:
             raise ValueError(f"`models` has {name!r}, a pipeline without networks of diffusers.")
@@ -141,10 +154,14 @@ def _hub_sources(name: str) -> list[Source]:
             _config_source(f"{name}/{part}", _fetch_json(repository, f"{part}/config.json") or {}) for part in parts
         ]
     config = _fetch_json(repository, f"{subfolder}/config.json" if subfolder else "config.json")
+    if config is None and not subfolder:
+        name = f"{repository}/{LONE_NETWORK}"
+        config = _fetch_json(repository, f"{LONE_NETWORK}/config.json")
     if config is None:
         raise ValueError(
-            f"`models` has {name!r}, a repository that has neither `model_index.json` nor `config.json` there; name "
-            "the folder of a network behind it, such as `org/repo/unet`."
+            f"`models` has {repository!r}, a repository that has neither an index of a pipeline nor `config.json` "
+            "there; name the folder of a network behind it, such as `org/repo/unet`. Adapters (LoRA) are no networks: "
+            "inspect the model that they are for."
         )
     return [_config_source(name, config)]
 
