@@ -15,6 +15,7 @@ from typing import Any
 
 from diffusers.utils import logging
 
+from diffusers_ext.files import write_atomically
 from diffusers_ext.hub.flattening import blocks_library, plain_config, plain_index
 from diffusers_ext.hub.safety import (
     INDEX,
@@ -204,9 +205,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_atomically(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def weights_key(name: str) -> tuple[str, str, str | None] | None:
