@@ -38,5 +38,5 @@ $(READY): pyproject.toml constraints.txt
 
 $(TORCHAO): $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --constraint constraints.txt \
-		--upgrade --target $@ torchao
+		--upgrade --target $@ torchao || { echo "Without torchao: its tests are skipped."; mkdir -p $@; }
 	@touch $@
