@@ -3,6 +3,7 @@
 from diffusers_ext.hub.client import HubError, PushConflictError
 from diffusers_ext.hub.export import export
 from diffusers_ext.hub.remote import pull, push
+from diffusers_ext.hub.safety import UnsafeRepositoryError
 
 
-__all__ = ["HubError", "PushConflictError", "export", "pull", "push"]
+__all__ = ["HubError", "PushConflictError", "UnsafeRepositoryError", "export", "pull", "push"]
