@@ -66,6 +66,7 @@ def register() -> None:
         if issubclass(own_class, diffusers.DiffusionPipeline):
             own_class.extract_init_dict = classmethod(_read_index)
     ModularIndex._dict_from_json_file = classmethod(_read_config)
+    diffusers.DiffusionPipeline._upload_folder = _upload_pipeline_folder
     diffusers.ModularPipeline._upload_folder = _upload_modular_folder
 
     try:
@@ -185,6 +186,16 @@ def _upload_folder(
         token=token,
         inherited=inherited,
     )
+
+
+def _upload_pipeline_folder(pipe: diffusers.DiffusionPipeline, *arguments: Any, **options: Any) -> Any:
+    """As `_upload_folder` where a network is ours, also one whose code came with a repository, and as diffusers has it
+    for all other pipelines."""
+    from diffusers_ext.hub.flattening import our_class
+
+    is_ours = any(our_class(type(part).__name__) is not None for part in pipe.components.values())
+    upload = _upload_folder if is_ours else PushToHubMixin._upload_folder
+    return upload(pipe, *arguments, **options)
 
 
 def _upload_modular_folder(

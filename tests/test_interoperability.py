@@ -213,6 +213,19 @@ def test_pipelines_of_diffusers_on_the_hub(hub, hub_token):
         call = "batch_size=4" if not arguments else "class_labels=[0]"
         assert f"pipe({call}".encode() in hub.files(repo_id)["README.md"]
 
+    # By diffusers' own method: our card where a network is ours.
+    pipe = cases["me/ddpm"][0]
+    pipe.push_to_hub("me/ddpm-own")
+    assert b"## Usage" in hub.files("me/ddpm-own")["README.md"]
+    assert_same(draw(quiet(DiffusionPipeline.from_pretrained("me/ddpm-own"))), draw(quiet(pipe)))
+    DDPMPipeline(unet_of_diffusers(), DDPMScheduler()).push_to_hub("me/theirs-own")
+    assert b"[More Information Needed]" in hub.files("me/theirs-own")["README.md"]
+    # A pipeline whose code came with it leaves that code behind, and is one of ours again.
+    guided = quiet(ClassConditionalPipeline(unet=network("adm"), scheduler=DDPMScheduler()))
+    push(guided, "me/coded", self_contained=True)
+    quiet(DiffusionPipeline.from_pretrained("me/coded", trust_remote_code=True)).push_to_hub("me/uncoded")
+    assert_same(draw(quiet(DiffusionPipeline.from_pretrained("me/uncoded"))), draw(guided))
+
     # Of 4 classes, where `DiTPipeline` knows 1000; and one that cannot draw, since nobody says which class.
     vae, scheduler = decoder(latent_channels=4), DDIMScheduler(clip_sample=False)
     push(DiTPipeline(network("gqa-dit", in_channels=4, **CLASSES, out_channels=4), vae, scheduler), "me/dit-4")
