@@ -199,23 +199,15 @@ def _upload_pipeline_folder(pipe: diffusers.DiffusionPipeline, *arguments: Any, 
 
 
 def _upload_modular_folder(
-    pipe: diffusers.ModularPipeline,
-    working_dir: str | os.PathLike,
-    repo_id: str,
-    token: str | None = None,
-    commit_message: str | None = None,
-    create_pr: bool = False,
-    subfolder: str | None = None,
+    pipe: diffusers.ModularPipeline, working_dir: str | os.PathLike, repo_id: str, **options: Any
 ) -> Any:
     """As `_upload_folder` where the blocks are ours, and as diffusers has it for all others."""
     from diffusers_ext.hub.flattening import our_class
 
     is_ours = our_class(type(pipe._blocks).__name__, diffusers.ModularPipelineBlocks) is not None
-    if not is_ours or subfolder:
-        return PushToHubMixin._upload_folder(
-            pipe, working_dir, repo_id, token, commit_message, create_pr, subfolder=subfolder
-        )
-    info = _upload_folder(pipe, working_dir, repo_id, token, commit_message, create_pr)
+    if not is_ours or options.get("subfolder"):
+        return PushToHubMixin._upload_folder(pipe, working_dir, repo_id, **options)
+    info = _upload_folder(pipe, working_dir, repo_id, **options)
     for name in pipe.pretrained_component_names:
         library, class_name, spec = pipe.config[name]
         if spec["pretrained_model_name_or_path"] == str(working_dir):  # of `push_to_hub`, gone by now
