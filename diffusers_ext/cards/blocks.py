@@ -424,14 +424,19 @@ def _bytes(number: int) -> str:
 # The rest
 
 
-def limits(evaluated: bool) -> str:
+def limits(evaluated: bool, draws: bool = True) -> str:
     """What the card cannot vouch for."""
-    judged = (
-        "The results above say what was measured, on the data and with the settings that they name, and no more."
-        if evaluated
-        else "Nobody has judged the images yet: this card was filled from the files. `diffusers-ext evaluate` adds "
-        "measured results."
-    )
+    if evaluated:
+        judged = (
+            "The results above say what was measured, on the data and with the settings that they name, and no more."
+        )
+    elif not draws:
+        judged = "Accuracy on the held-out images of its data says little about images of another kind."
+    else:
+        judged = (
+            "Nobody has judged the images yet: this card was filled from the files. `diffusers-ext evaluate` adds "
+            "measured results."
+        )
     return f"{judged} The model knows its training data only, with their biases."
 
 

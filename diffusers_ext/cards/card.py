@@ -274,7 +274,7 @@ def _blocks(
         "samples": samples,
         "usage": blocks.usage(contents, repo_id, call, base_model),
         "architecture": blocks.architecture(contents),
-        "limits": blocks.limits(evaluated=False),
+        "limits": blocks.limits(evaluated=False, draws=set(contents.parts) != {"classifier"}),
         "citation": blocks.citation(contents),
     }
     for name in ("training", "evaluation"):
