@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
+from huggingface_hub import CommitInfo
 
 from diffusers_ext.evaluation.evaluate import EvaluateConfig
 from diffusers_ext.evaluation.sampling import SampleConfig
@@ -110,16 +111,17 @@ class Export:
 
 @dataclass(frozen=True)
 class Push:
-    """Upload a model to the Hugging Face Hub as one commit, with a model card."""
+    """Upload a model to the Hugging Face Hub as one commit, with a model card; or the demo as a Space."""
 
-    model: tyro.conf.Positional[str]
-    """folder of a pipeline, model, adapter or training run"""
-    repo_id: tyro.conf.Positional[str]
-    """repository, such as me/my-model; made if it is not there"""
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL REPO-ID")] = ()
+    """folder of a pipeline, model, adapter or training run, and repository such as me/my-model, made if need be;
+    with --space, folders of pipelines that the demo shows beside its own"""
+    space: str | None = None
+    """upload the demo as this Space instead, such as me/my-space; made if it is not there"""
     self_contained: bool = False
     """bring the code along, so that the pipeline loads with trust_remote_code=True where diffusers_ext is missing"""
     private: bool = False
-    """make the repository private, if it has to be made"""
+    """make the repository or Space private, if it has to be made"""
     revision: str | None = None
     """branch to write to, by default main; made if it is not there"""
     commit_message: str | None = None
@@ -227,9 +229,26 @@ def _transfer(command: Export | Push | Pull) -> object:
     if isinstance(command, Export):
         return hub.export(open_folder(options.pop("model")), **options)
     if isinstance(command, Push):
-        commit = hub.push(options.pop("model"), **options)
+        commit = _push(options)
         return commit.pr_url or (f"{commit.repo_url}/tree/{command.revision}" if command.revision else commit.repo_url)
     return hub.pull(**options)
+
+
+def _push(options: dict[str, Any]) -> CommitInfo:
+    from diffusers_ext import hub
+
+    names, space = options.pop("names"), options.pop("space")
+    if space is not None:
+        of_models = [name for name in ("self_contained", "variant", "license", "base_model") if options.pop(name)]
+        if of_models:
+            raise ValueError(f"`{of_models[0]}` is for models; it cannot be used with `space`. Leave it out.")
+        return hub.push_space(space, names, **options)
+    if len(names) != 2:
+        raise ValueError(
+            f"`push` takes a folder and a repository, such as `push my-digits me/my-digits`, and got {len(names)} "
+            "names; or `--space me/my-space` for the demo."
+        )
+    return hub.push(*names, **options)
 
 
 def _parse(args: list[str]) -> object:

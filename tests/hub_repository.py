@@ -15,6 +15,8 @@ import yaml
 
 
 KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
+SDKS = ("gradio", "docker", "static")
+COLOURS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
 LFS_PATTERNS = (
     "*.7z *.arrow *.avro *.bin *.bz2 *.ckpt *.ftz *.gguf *.gz *.h5 *.joblib *.lz4 *.mlmodel *.model *.msgpack *.npy"
     " *.npz *.onnx *.ot *.parquet *.pb *.pickle *.pkl *.pt *.pth *.rar *.safetensors *.tar *.tflite *.tgz *.wasm *.xz"
@@ -221,8 +223,27 @@ def check_card(content: str, kind: str) -> tuple[list[str], list[str]]:
         errors.append('"pipeline_tag" must be a string')
     if "model-index" in data:
         errors += check_results(data["model-index"])
+    if kind == "space":
+        errors += check_space(data)
     warnings = [] if "license" in data or kind == "space" else ["license is missing in the metadata of the repo card"]
     return errors, warnings
+
+
+def check_space(data: dict[str, Any]) -> list[str]:
+    """Errors of the metadata that only a Space has."""
+    errors = [] if data.get("sdk") in SDKS else [f'"sdk" must be one of [{", ".join(SDKS)}]']
+    for name in ("colorFrom", "colorTo"):
+        if data.get(name, "red") not in COLOURS:
+            errors.append(f'"{name}" must be one of [{", ".join(COLOURS)}]')
+    for name in ("title", "emoji", "app_file", "sdk_version", "python_version", "short_description"):
+        if not isinstance(data.get(name, ""), str):
+            errors.append(f'"{name}" must be a string')
+    if len(str(data.get("short_description", ""))) > 60:
+        errors.append('"short_description" length must be less than or equal to 60 characters long')
+    models = data.get("models", [])
+    if not isinstance(models, list) or not all(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) for name in models):
+        errors.append('"models" must be an array of model ids on the Hub')
+    return errors
 
 
 def check_results(index: Any) -> list[str]:

@@ -15,6 +15,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, RedirectResponse
 from hub_repository import (
     KINDS,
+    SDKS,
     File,
     HubError,
     Repository,
@@ -161,6 +162,8 @@ def add_account_routes(app: FastAPI, hub: "HubServer") -> None:
             raise HubError(400, f"Invalid repo name: {name} - {short!r}")
         path = name if kind == "models" else f"{kind}/{name}"
         url = f"{hub.endpoint}/{path}"
+        if kind == "spaces" and data.get("sdk") not in SDKS:
+            raise HubError(400, f'"sdk" must be one of [{", ".join(SDKS)}]')
         with hub.lock:
             if hub.exists(path):
                 message = f"You already created this {KINDS[kind]} repo"
@@ -274,7 +277,7 @@ def add_repository_routes(app: FastAPI, hub: "HubServer") -> None:
             "cardData": card,
             "siblings": siblings,
         }
-        facts |= {key: card[key] for key in ("library_name", "pipeline_tag", "model-index") if key in card}
+        facts |= {key: card[key] for key in ("library_name", "pipeline_tag", "model-index", "sdk") if key in card}
         if is_true(request, "securityStatus"):
             facts["securityRepoStatus"] = {"scansDone": True, "filesWithIssues": []}
         wanted = request.query_params.getlist("expand")

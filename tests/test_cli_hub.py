@@ -55,6 +55,17 @@ def test_push_card_and_pull(model, tmp_path, hub, hub_token, capsys):
     assert "next" in hub.branches("me/typed")
 
 
+def test_push_of_the_demo(model, hub, hub_token, capsys):
+    main(["push", str(model), "--space", "me/shown", "--private", "--commit_message", "First page"])
+    assert capsys.readouterr().out.strip() == f"{hub.endpoint}/spaces/me/shown"
+    files = hub.files("spaces/me/shown")
+    assert {"app.py", "diffusers_ext/cli.py", "model_cards/tiny/model_index.json"} <= set(files)
+    assert {f"model_cards/{name}/model_index.json" for name in ("film-mnist", "adm-mnist")} <= set(files)
+    main(["push", "--space", "me/shown", "--create-pr"])
+    assert capsys.readouterr().out.strip() == f"{hub.endpoint}/spaces/me/shown/discussions/1"
+    assert "model_cards/tiny/model_index.json" not in hub.files("spaces/me/shown", "refs/pr/1")
+
+
 def test_export_of_a_hub_id_with_its_code(model, tmp_path, hub, hub_token, capsys):
     main(["push", str(model), "me/exported", "--license", "apache-2.0", "--base_model", "me/typed"])
     card = ModelCard(hub.files("me/exported")["README.md"].decode())

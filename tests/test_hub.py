@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download
 
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
 from diffusers_ext import (
     ADMClassifierModel,
@@ -24,6 +24,7 @@ from diffusers_ext import (
 )
 from diffusers_ext.hub import export, pull, push
 from diffusers_ext.hub.client import HubError, PushConflictError
+from diffusers_ext.hub.loading import load_pipeline
 from diffusers_ext.hub.remote import create_repository, upload
 from diffusers_ext.training.config import UNetTrainingConfig
 from diffusers_ext.training.loop import train
@@ -728,6 +729,21 @@ def test_pull_takes_what_a_pipeline_needs(hub, repo_id, folder, cache):
     assert "must be a word" in error_of(lambda: pull(repo_id, variant="a/b"))
     hub.create("me/texts")
     assert "holds no weights as safetensors" in error_of(lambda: pull("me/texts"))
+
+
+def test_a_pipeline_with_its_network_beside_the_index(hub, cache, tmp_path):
+    """As google/ddpm-cifar10-32 and its like have it."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, norm_num_groups=4, **blocks)
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler()).save_pretrained(tmp_path / "pipe")
+    files = {name.rpartition("/")[2]: content for name, content in contents(tmp_path / "pipe").items()}
+    assert {"model_index.json", "config.json", "scheduler_config.json"} < set(files)
+    hub.create("me/first")
+    hub.write("me/first", {**files, "other.safetensors": b"no part of it", "diffusion_pytorch_model.bin": b"pickle"})
+    loaded = load_pipeline("me/first")
+    assert all(torch.equal(value, unet.state_dict()[key]) for key, value in loaded.unet.state_dict().items())
+    assert set(contents(pull("me/first"))) - {".gitattributes"} == set(files)
 
 
 def test_offline_mode_takes_what_is_in_the_cache(hub, hub_token, repo_id, cache, other_folder, monkeypatch):

@@ -93,9 +93,10 @@ def has_token(token: str | bool | None) -> bool:
     return token is not False and (isinstance(token, str) or get_token() is not None)
 
 
-def list_files(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
+def list_files(api: HfApi, repo_id: str, commit: str, repo_type: str = "model") -> dict[str, RepoFile]:
     entries = patiently(
-        lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit)), f"listing the files of {repo_id}"
+        lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=commit, repo_type=repo_type)),
+        f"listing the files of {repo_id}",
     )
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 

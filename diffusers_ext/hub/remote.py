@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def push(
         HubError: when the Hub refuses, or does not answer after five attempts.
     """
     check_variant(variant)
-    target = _read_target(repo_id, revision=revision, private=private, create_pr=create_pr, token=token)
+    target = read_target(repo_id, revision=revision, private=private, create_pr=create_pr, token=token)
     is_folder = isinstance(pipe_or_folder, (str, os.PathLike))
     name = Path(pipe_or_folder).resolve().name if is_folder else type(pipe_or_folder).__name__
     self_contained = self_contained or (is_folder and bool(Contents.of(Path(pipe_or_folder)).code))
@@ -149,7 +149,7 @@ def upload(
         inherited: what a card is written with, as [`inherit`] returns it; None leaves the card as it is.
     """
     folder = Path(folder)
-    target = _read_target(repo_id, revision=revision, private=private, create_pr=create_pr, token=token)
+    target = read_target(repo_id, revision=revision, private=private, create_pr=create_pr, token=token)
     if inherited is not None:
         _write_card(folder, target, inherited)
     return _upload(folder, target, commit_message or f"Upload {folder.resolve().name} with diffusers_ext")
@@ -167,7 +167,7 @@ def create_repository(repo_id: str, *, private: bool | None = None, token: str |
         ValueError: for a name that the Hub does not allow, and for `private` where the repository is public.
         HubError: when the Hub refuses.
     """
-    target = _read_target(repo_id, private=private, token=token)
+    target = read_target(repo_id, private=private, token=token)
     return target.repo_id if target.head is not None else target.create().repo_id
 
 
@@ -180,6 +180,7 @@ def pull(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
+    max_bytes: int | None = None,
 ) -> Path:
     """Download a model: checked before anything is fetched, and compared with the hashes that the Hub states.
 
@@ -196,13 +197,14 @@ def pull(
         token: for private repositories; None takes the one that `hf auth login` stored.
         cache_dir: cache; None means huggingface_hub's.
         local_files_only: take what is in the cache, without a request. So does `HF_HUB_OFFLINE=1`.
+        max_bytes: refuse a model that is larger, before its weights are fetched. None: take any.
 
     Returns:
         `folder`, or the snapshot in the cache, which is not to be written to.
 
     Raises:
-        ValueError: for wrong arguments, and for a repository that is no model; UnsafeRepositoryError, one of them,
-            for one whose names, index or configs are not to be trusted.
+        ValueError: for wrong arguments, and for a repository that is no model, or a larger one than `max_bytes`;
+            UnsafeRepositoryError, one of them, for one whose names, index or configs are not to be trusted.
         HubError: when the Hub refuses or does not answer, and when a file has another hash than stated.
     """
     check_repo_id(repo_id)
@@ -214,7 +216,9 @@ def pull(
         _check_replaceable(folder)
     source = safety.redact(f"{repo_id}@{revision}" if revision else repo_id)
     with one_sentence(repo_id, revision, token):
-        snapshot, files = fetch_snapshot(repo_id, source, revision, variant, token, cache_dir, local_files_only)
+        snapshot, files = fetch_snapshot(
+            repo_id, source, revision, variant, token, cache_dir, local_files_only, max_bytes
+        )
     if folder is None:
         return snapshot
     _copy(snapshot, files, folder, repo_id)
@@ -225,7 +229,7 @@ def pull(
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     """Where to push, and what was there when the push began."""
 
     repo_id: str  # full name
@@ -236,6 +240,12 @@ class _Target:
     private: bool | None
     create_pr: bool
     token: str | bool | None
+    repo_type: str = "model"  # or "space"
+
+    @property
+    def page(self) -> str:
+        """Address on the Hub."""
+        return f"{self.api.endpoint}/{'spaces/' if self.repo_type == 'space' else ''}{self.repo_id}"
 
     @property
     def api(self) -> HfApi:
@@ -245,7 +255,10 @@ class _Target:
         """A file of the commit that the push builds on."""
         with one_sentence(self.repo_id, self.head, self.token):
             path = patiently(
-                lambda: hf_hub_download(self.repo_id, name, revision=self.head, token=self.token), f"reading {name}"
+                lambda: hf_hub_download(
+                    self.repo_id, name, repo_type=self.repo_type, revision=self.head, token=self.token
+                ),
+                f"reading {name}",
             )
         return Path(path).read_bytes()
 
@@ -272,21 +285,28 @@ class _Target:
     def contents(self) -> Contents:
         return Contents(frozenset(self.files), self.read_json)
 
-    def create(self) -> "_Target":
+    def create(self) -> "Target":
         """The same with repository and branch made, where they were missing."""
         target = self
         with one_sentence(self.repo_id, self.branch, self.token):
             if self.head is None:
                 made = patiently(
-                    lambda: self.api.create_repo(self.repo_id, private=self.private or None, exist_ok=True),
+                    lambda: self.api.create_repo(
+                        self.repo_id,
+                        private=self.private or None,
+                        repo_type=self.repo_type,
+                        space_sdk="gradio" if self.repo_type == "space" else None,
+                        exist_ok=True,
+                    ),
                     f"creating {self.repo_id}",
                 )
-                target = _read_target(
+                target = read_target(
                     made.repo_id,
                     revision=self.branch,
                     private=self.private,
                     create_pr=self.create_pr,
                     token=self.token,
+                    repo_type=self.repo_type,
                 )
                 if target.head is None or set(target.files) - NEW:
                     raise PushConflictError(
@@ -296,21 +316,26 @@ class _Target:
             if not target.has_branch:
                 patiently(
                     lambda: self.api.create_branch(
-                        target.repo_id, branch=target.branch, revision=target.head, exist_ok=True
+                        target.repo_id,
+                        branch=target.branch,
+                        revision=target.head,
+                        repo_type=target.repo_type,
+                        exist_ok=True,
                     ),
                     f"creating the branch {target.branch}",
                 )
         return target
 
 
-def _read_target(
+def read_target(
     repo_id: str,
     *,
     revision: str | None = None,
     private: bool | None = None,
     create_pr: bool = False,
     token: str | bool | None = None,
-) -> _Target:
+    repo_type: str = "model",
+) -> Target:
     """Check the arguments of a push, and read what the repository holds."""
     check_repo_id(repo_id)
     check_revision(revision)
@@ -333,9 +358,9 @@ def _read_target(
         if "/" not in repo_id:
             repo_id = f"{patiently(api.whoami, 'asking whose token it is')['name']}/{repo_id}"
             check_repo_id(repo_id)
-        target = _Target(repo_id, branch, None, False, {}, private, create_pr, token)
+        target = Target(repo_id, branch, None, False, {}, private, create_pr, token, repo_type)
         try:
-            info = patiently(lambda: api.model_info(repo_id, timeout=60), f"reading {repo_id}")
+            info = patiently(lambda: api.repo_info(repo_id, repo_type=repo_type, timeout=60), f"reading {repo_id}")
         except GatedRepoError:
             raise
         except RepositoryNotFoundError:
@@ -347,23 +372,25 @@ def _read_target(
             )
         if private and not info.private:
             raise ValueError(
-                f"`private` is set, but {repo_id!r} exists and is public, so a push would publish the model. Make it "
-                f"private first ({api.endpoint}/{repo_id}/settings), or choose another name."
+                f"`private` is set, but {repo_id!r} exists and is public, so a push would publish the {repo_type}. "
+                f"Make it private first ({target.page}/settings), or choose another name."
             )
         has_branch = True
         if branch != constants.DEFAULT_REVISION:
             try:
-                info = patiently(lambda: api.model_info(repo_id, revision=branch, timeout=60), f"reading {branch}")
+                info = patiently(
+                    lambda: api.repo_info(repo_id, repo_type=repo_type, revision=branch, timeout=60),
+                    f"reading {branch}",
+                )
             except RevisionNotFoundError:
                 if branch.startswith("refs/"):
                     raise
                 has_branch = False
-        return _Target(
-            repo_id, branch, info.sha, has_branch, list_files(api, repo_id, info.sha), private, create_pr, token
-        )
+        files = list_files(api, repo_id, info.sha, repo_type)
+        return replace(target, head=info.sha, has_branch=has_branch, files=files)
 
 
-def _write_card(folder: Path, target: _Target, inherited: dict[str, Any], **given: Any) -> None:
+def _write_card(folder: Path, target: Target, inherited: dict[str, Any], **given: Any) -> None:
     """Write the card of what is pushed, on the ground of the one that the repository has.
 
     Args:
@@ -384,7 +411,7 @@ def _write_card(folder: Path, target: _Target, inherited: dict[str, Any], **give
         )
 
 
-def _weights_beside(folder: Path, target: _Target) -> dict[str, dict[str, Weights]]:
+def _weights_beside(folder: Path, target: Target) -> dict[str, dict[str, Weights]]:
     """Weights that a push leaves in the repository, by component and variant."""
     new, former = Contents.of(folder), target.contents
     stale = settle(folder, former, f"`repo_id` ({target.repo_id!r})")
@@ -405,16 +432,27 @@ def _weights_beside(folder: Path, target: _Target) -> dict[str, dict[str, Weight
     return found
 
 
-def _read_header(target: _Target, name: str) -> SafetensorsFileMetadata:
+def _read_header(target: Target, name: str) -> SafetensorsFileMetadata:
     return target.api.parse_safetensors_file_metadata(target.repo_id, name, revision=target.head)
 
 
-def _upload(folder: Path, target: _Target, message: str) -> CommitInfo:
-    """Commit what differs between a folder and the state that the push builds on."""
-    if safety.find_tokens(message):
-        raise ValueError("`commit_message` holds an access token, which everybody could read. Write another.")
+def _upload(folder: Path, target: Target, message: str) -> CommitInfo:
+    """Commit the model of a folder on top of the state that the push builds on."""
     names = _checked_files(folder)
     left_over = settle(folder, target.contents, f"`repo_id` ({target.repo_id!r})")
+    return commit_files(folder, names, left_over, target, message)
+
+
+def commit_files(folder: Path, names: list[str], left_over: list[str], target: Target, message: str) -> CommitInfo:
+    """Make one commit on top of the state that the push builds on, in a repository that is made where it is missing.
+
+    Args:
+        folder: where the files are.
+        names: of the files in it that are uploaded.
+        left_over: files of the repository that are deleted.
+    """
+    if safety.find_tokens(message):
+        raise ValueError("`commit_message` holds an access token, which everybody could read. Write another.")
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, folder / name) for name in names
     ]
@@ -427,10 +465,15 @@ def _upload(folder: Path, target: _Target, message: str) -> CommitInfo:
         additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
         # Large files first, by themselves: the client tries each of these requests up to six times.
         api.preupload_lfs_files(
-            target.repo_id, additions, revision=target.branch, create_pr=target.create_pr, free_memory=False
+            target.repo_id,
+            additions,
+            repo_type=target.repo_type,
+            revision=target.branch,
+            create_pr=target.create_pr,
+            free_memory=False,
         )
         info = _commit(api, target, operations, folder, names, message)
-        missing = sorted(set(names) - list_files(api, target.repo_id, info.oid).keys())
+        missing = sorted(set(names) - list_files(api, target.repo_id, info.oid, target.repo_type).keys())
     if missing and not (target.create_pr and info.pr_url is None):
         raise HubError(
             f"{target.repo_id!r} took the push without {', '.join(missing)}: a .gitignore in the repository leaves "
@@ -441,7 +484,7 @@ def _upload(folder: Path, target: _Target, message: str) -> CommitInfo:
 
 def _commit(
     api: HfApi,
-    target: _Target,
+    target: Target,
     operations: list[CommitOperationAdd | CommitOperationDelete],
     folder: Path,
     names: list[str],
@@ -461,6 +504,7 @@ def _commit(
                     target.repo_id,
                     operations,
                     commit_message=message,
+                    repo_type=target.repo_type,
                     revision=target.branch,
                     create_pr=target.create_pr,
                     parent_commit=target.head,
@@ -469,19 +513,20 @@ def _commit(
             if error.response.status_code not in (409, 412):
                 raise
             history = patiently(
-                lambda: api.list_repo_commits(target.repo_id, revision=target.branch), f"reading {target.repo_id}"
+                lambda: api.list_repo_commits(target.repo_id, repo_type=target.repo_type, revision=target.branch),
+                f"reading {target.repo_id}",
             )
             commits = [commit.commit_id for commit in history]
             if commits[0] == target.head:  # nobody pushed; the Hub was at work on something else
                 raise
             if attempts > 1 and target.head in commits:  # an answer may have got lost: is the next commit this one?
                 commit = commits[commits.index(target.head) - 1]
-                tree = list_files(api, target.repo_id, commit)
+                tree = list_files(api, target.repo_id, commit, target.repo_type)
                 deleted = {operation.path_in_repo for operation in operations} - set(names)
                 if not deleted & tree.keys() and all(
                     name in tree and is_as_promised(folder / name, tree[name]) for name in names
                 ):
-                    return CommitInfo(f"{api.endpoint}/{target.repo_id}/commit/{commit}", message, "", commit)
+                    return CommitInfo(f"{target.page}/commit/{commit}", message, "", commit)
             lost = attempts > 1 and target.head not in commits  # somebody has rewritten the history
             done = "It is not known whether yours was uploaded" if lost else "Nothing of yours was uploaded"
             raise PushConflictError(
@@ -498,7 +543,7 @@ def _commit(
         if target.create_pr and is_transient(error) and not was_refused(error):
             raise HubError(
                 f"{target.repo_id!r}: the answer of the Hub got lost ({reason_of(error)}), so the pull request may be "
-                f"open or not. Look at {api.endpoint}/{target.repo_id}/discussions before you push again."
+                f"open or not. Look at {target.page}/discussions before you push again."
             ) from error
         raise
 
@@ -516,16 +561,21 @@ def _checked_files(folder: Path) -> list[str]:
             f"`pipe_or_folder` ({str(folder)!r}) is no model: it must hold weights as safetensors, as "
             "`save_pretrained`, `export` and a training write them."
         )
+    check_no_tokens(folder, names, "`pipe_or_folder`")
+    return names
+
+
+def check_no_tokens(folder: Path, names: Iterable[str], what: str) -> None:
+    """Refuse files with an access token in them; the error says of what they are."""
     for name in names:
         if name.endswith(".safetensors"):
             continue
         if safety.find_tokens((folder / name).read_text(encoding="utf-8", errors="ignore")):
             raise ValueError(
-                f"`pipe_or_folder`: {name} holds an access token, which everybody who may read the repository could "
+                f"{what}: {name} holds an access token, which everybody who may read the repository could "
                 "use. Remove it from the file; if the file was shared before, revoke the token "
                 "(https://huggingface.co/settings/tokens)."
             )
-    return names
 
 
 # Folders of pull

@@ -36,6 +36,7 @@ def fetch_snapshot(
     token: str | bool | None,
     cache_dir: str | os.PathLike | None,
     local_files_only: bool,
+    max_bytes: int | None,
 ) -> tuple[Path, list[str]]:
     """A complete snapshot in the cache, and the names of the files in it that were asked for.
 
@@ -43,7 +44,7 @@ def fetch_snapshot(
     """
     place = {"cache_dir": cache_dir, "token": token}
     if local_files_only or constants.is_offline_mode():
-        return _cached_snapshot(repo_id, source, revision, variant, place)
+        return _cached_snapshot(repo_id, source, revision, variant, max_bytes, place)
     api = HfApi(token=token)
     try:
         info = patiently(lambda: api.model_info(repo_id, revision=revision, timeout=60), f"reading {source}")
@@ -51,7 +52,7 @@ def fetch_snapshot(
         if isinstance(error, HfHubHTTPError) and error.response.status_code not in TRANSIENT:
             raise
         try:
-            found = _cached_snapshot(repo_id, source, revision, variant, place)
+            found = _cached_snapshot(repo_id, source, revision, variant, max_bytes, place)
         except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
             raise error from None
         logger.warning("The Hub does not answer (%s); taking %s from the cache.", reason_of(error), source)
@@ -60,24 +61,30 @@ def fetch_snapshot(
         logger.warning("%s was renamed; the repository is %s now.", repo_id, info.id)
     # By the commit, so that the branch means the earlier snapshot in the cache until this one is complete.
     tree, place["revision"] = list_files(api, repo_id, info.sha), info.sha
-    snapshot, wanted = _checked_snapshot(repo_id, source, variant, tree, is_as_promised, place)
+    snapshot, wanted = _checked_snapshot(repo_id, source, variant, max_bytes, tree, is_as_promised, place)
     _remember(snapshot, revision or constants.DEFAULT_REVISION, info.sha)
     return snapshot, wanted
 
 
 def _cached_snapshot(
-    repo_id: str, source: str, revision: str | None, variant: str | None, place: dict[str, Any]
+    repo_id: str,
+    source: str,
+    revision: str | None,
+    variant: str | None,
+    max_bytes: int | None,
+    place: dict[str, Any],
 ) -> tuple[Path, list[str]]:
     files = get_cached_repo_tree(repo_id, revision=revision, cache_dir=place["cache_dir"])
     tree = {file.path: file for file in files}
     place = {**place, "revision": revision, "local_files_only": True}
-    return _checked_snapshot(repo_id, source, variant, tree, _is_as_stored, place)
+    return _checked_snapshot(repo_id, source, variant, max_bytes, tree, _is_as_stored, place)
 
 
 def _checked_snapshot(
     repo_id: str,
     source: str,
     variant: str | None,
+    max_bytes: int | None,
     tree: dict[str, RepoFile],
     is_right: Callable[[Path, RepoFile], bool],
     place: dict[str, Any],
@@ -127,6 +134,12 @@ def _checked_snapshot(
         for name in [name for name in wanted if re.fullmatch(rf"[^/]+/{re.escape(CONFIG)}", name)]:
             wanted += sorted(safety.code_files(read(name), tree, name.rpartition("/")[0]))
     wanted = _of_variant(wanted, variant, source)
+    size = sum(sizes[name] or 0 for name in wanted)
+    if max_bytes is not None and size > max_bytes:
+        raise ValueError(
+            f"`max_bytes` is {max_bytes}, but {source!r} has {size} bytes of what a model needs. Nothing was "
+            "downloaded; allow more, or take a smaller model."
+        )
     patterns = [glob.escape(name) for name in wanted]
     snapshot = fetch(lambda: snapshot_download(repo_id, allow_patterns=patterns, **place), f"downloading {source}")
     _check_files(snapshot, {name: tree[name] for name in wanted}, source, is_right)
@@ -135,9 +148,10 @@ def _checked_snapshot(
 
 
 def _is_of_pipeline(name: str, index: dict[str, Any]) -> bool:
-    """Whether a file belongs to a pipeline or to an adapter for it; checkpoints in one file lie beside many."""
+    """Whether a file belongs to a pipeline or to an adapter for it; checkpoints in one file lie beside many, and diffusers'
+    first pipelines, such as google/ddpm-cifar10-32, have their only network beside the index."""
     key = weights_key(name)
-    return key is None or key[0] in index or key[:2] == ("", "lora_weights")
+    return key is None or key[0] in index or key[:2] in (("", "lora_weights"), ("", "diffusion_pytorch_model"))
 
 
 def _of_variant(names: list[str], variant: str | None, source: str) -> list[str]:

@@ -1,0 +1,60 @@
+"""Takes the pictures of the demo that its README shows: light, dark, on a phone, and while it draws.
+
+`make screenshots` starts the demo, clicks a preset in headless Chromium, and writes them.
+"""
+
+import io
+import tempfile
+from pathlib import Path
+
+import tyro
+from browser import APP, Visitor, chromium, missing, running_demo
+from PIL import Image
+
+
+MAX_BYTES = 300_000  # of one picture: a clone of the repository carries them all
+VIEWS = {
+    "light": {"viewport": {"width": 1440, "height": 900}, "color_scheme": "light"},
+    "dark": {"viewport": {"width": 1440, "height": 900}, "color_scheme": "dark"},
+    "phone": {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True},
+}
+
+
+def save_small(png: bytes, path: Path) -> None:
+    """Writes a PNG within `MAX_BYTES`: with all its colours where they fit, else with 256."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    for candidate in (image, image.quantize(256, dither=Image.Dither.NONE)):
+        candidate.save(path, optimize=True)
+        if path.stat().st_size <= MAX_BYTES:
+            return
+    raise RuntimeError(f"{path.name} has {path.stat().st_size} bytes with 256 colours; {MAX_BYTES} is the limit.")
+
+
+def main(output: Path = APP.parent / "screenshots", preset: str = "Guidance off against on") -> None:
+    """Takes all pictures.
+
+    Args:
+        output: folder to write `light.png`, `dark.png`, `phone.png` and `drawing.png` into.
+        preset: the comparison that they show.
+    """
+    if missing():
+        raise SystemExit(missing())
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, running_demo(Path(folder) / "log") as demo, chromium() as browser:
+        for name, view in VIEWS.items():
+            page = browser.new_page(**view)
+            visitor = Visitor(page, demo.url)
+            visitor.start(preset)
+            if name == "light":
+                visitor.wait_for_pictures()
+                save_small(page.screenshot(), output / "drawing.png")
+            visitor.wait_until_settled()
+            page.mouse.move(0, 0)
+            save_small(page.screenshot(animations="disabled"), output / f"{name}.png")
+            page.close()
+    for path in sorted(output.glob("*.png")):
+        print(f"{path} {path.stat().st_size // 1000} kB")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

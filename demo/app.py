@@ -1,0 +1,776 @@
+"""The demo: models, schedulers and guidance side by side, from the same noise. A Gradio app and Hugging Face Space.
+
+`python demo/app.py` serves it from a checkout, `make demo` with everything installed.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import randrange
+from typing import Any
+
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr
+import rendering
+import torch
+import tyro
+from catalog import Catalog, Description
+from comparison import ColumnState
+from endpoints import Endpoints, chosen_column
+from judge import load_judge
+from pictures import difference
+from PIL import Image
+from plan import generators, initial_noise, wanted_labels
+from settings import (
+    LETTERS,
+    MAX_COLUMNS,
+    MAX_IMAGES,
+    MAX_PROMPT,
+    MAX_SCALE,
+    MAX_SEED,
+    MAX_SIZE,
+    MAX_STEPS,
+    PRESETS,
+    SIZE_UNIT,
+    Column,
+    Comparison,
+    SettingsError,
+    from_link,
+    to_link,
+)
+
+
+FOLDER = Path(__file__).parent
+CONCURRENCY = max(2, os.cpu_count() or 1)  # comparisons at once; their columns share the processor's cores
+MAX_WAITING = 64  # calls in the queue; later ones are told that it is full
+KEPT = 3600  # seconds for which zips and sweeps can be downloaded
+SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
+MONO_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a session keeps of its last comparison."""
+
+    comparison: Comparison
+    states: list[ColumnState]
+
+
+def theme() -> gr.themes.Base:
+    """Calm greys, one accent, system fonts: nothing is fetched from elsewhere."""
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.indigo,
+        neutral_hue=gr.themes.colors.slate,
+        spacing_size=gr.themes.sizes.spacing_sm,
+        radius_size=gr.themes.sizes.radius_md,
+        text_size=gr.themes.sizes.text_md,
+        font=SYSTEM_FONTS,
+        font_mono=MONO_FONTS,
+    ).set(
+        body_background_fill="#f4f5f8",
+        body_background_fill_dark="#0e1117",
+        block_background_fill="transparent",
+        block_background_fill_dark="transparent",
+        block_border_width="0px",
+        block_shadow="none",
+        block_shadow_dark="none",
+        block_padding="0px",
+        block_label_text_color="#4b5565",
+        block_title_text_color="#4b5565",
+        block_title_text_color_dark="#a9b4c4",
+        block_title_text_size="12px",
+        block_title_text_weight="500",
+        body_text_color="#1a2130",
+        body_text_color_dark="#e6eaf1",
+        body_text_color_subdued="#4b5565",
+        body_text_color_subdued_dark="#a9b4c4",
+        input_background_fill="#ffffff",
+        input_background_fill_dark="#1b212c",
+        input_border_color="#cdd3dd",
+        input_border_color_dark="#3a4352",
+        input_border_width="1px",
+        input_padding="6px 10px",
+        input_text_size="14px",
+        button_primary_background_fill="#3f4fc4",
+        button_primary_background_fill_hover="#3342ab",
+        button_primary_background_fill_dark="#9aa7ff",
+        button_primary_background_fill_hover_dark="#b3bdff",
+        button_primary_text_color="#ffffff",
+        button_primary_text_color_dark="#0e1117",
+        slider_color="#3f4fc4",
+        slider_color_dark="#9aa7ff",
+    )
+
+
+@dataclass
+class Panel:
+    """The controls of one column, in the order of `names`."""
+
+    controls: dict[str, gr.components.Component]
+    pictures: gr.HTML
+    frame: gr.Column
+
+    names = ("model", "scheduler", "steps", "guidance", "scale", "start", "end", "eta", "dtype")
+
+
+SHARED = ("classes", "images", "seed", "prompt", "negative_prompt", "height", "width")
+
+
+def build(catalog: Catalog, judge=None) -> gr.Blocks:
+    """The page and its endpoints, to be started by `launch`."""
+    return Page(catalog, judge).demo
+
+
+def launch(demo: gr.Blocks, **options: Any):
+    """Starts the page; `options` are those of `gr.Blocks.launch`. No file is served but those that the app made."""
+    return demo.launch(
+        theme=theme(),
+        css_paths=FOLDER / "style.css",
+        js=(FOLDER / "page.js").read_text(encoding="utf-8"),
+        footer_links=["api"],
+        ssr_mode=False,
+        mcp_server=False,
+        **options,
+    )
+
+
+class Page:
+    """The layout, and what its controls do. `demo` is the `gr.Blocks`."""
+
+    def __init__(self, catalog: Catalog, judge=None):
+        self.catalog = catalog
+        self.endpoints = Endpoints(catalog, judge, CONCURRENCY)
+        self.first = next(iter(PRESETS.values()))
+        self.zips = Path(tempfile.mkdtemp(prefix="diffusers-ext-zip-"))
+        with gr.Blocks(
+            title="diffusers_ext: guidance side by side",
+            analytics_enabled=False,
+            fill_width=True,
+            delete_cache=(KEPT, KEPT),
+        ) as self.demo:
+            self._layout()
+            self._events()
+            self.endpoints.register()
+        self.demo.queue(max_size=MAX_WAITING, default_concurrency_limit=CONCURRENCY)
+
+    # Layout
+
+    def _layout(self) -> None:
+        shared, columns = self.control_values(self.first)
+        self.drawn = gr.State(None, time_to_live=KEPT)
+        with gr.Row(elem_id="head"):
+            gr.HTML(
+                "<h1>diffusers_ext</h1><p>What guidance, schedulers and models do: side by side, from the same noise."
+                "</p>",
+                elem_id="title",
+            )
+            with gr.Row(elem_id="presets"):
+                self.presets = [gr.Button(name, size="sm", elem_classes="preset") for name in PRESETS]
+                self.theme = gr.Button("◐", size="sm", elem_id="theme", min_width=0)
+        with gr.Row(elem_id="bar", elem_classes="card"):
+            self.shared = {
+                "classes": gr.Dropdown(
+                    label="Classes", multiselect=True, max_choices=MAX_IMAGES, elem_id="classes", **shared["classes"]
+                ),
+                "images": gr.Number(
+                    label="Images",
+                    precision=0,
+                    minimum=1,
+                    maximum=MAX_IMAGES,
+                    elem_id="images",
+                    elem_classes="short",
+                    **shared["images"],
+                ),
+                "seed": gr.Number(
+                    label="Seed",
+                    precision=0,
+                    minimum=0,
+                    maximum=MAX_SEED,
+                    elem_id="seed",
+                    elem_classes="short",
+                    **shared["seed"],
+                ),
+            }
+            self.dice = gr.Button("⚄", size="sm", elem_id="dice", min_width=0)
+            self.lock = gr.Checkbox(True, label="Lock seed", elem_id="lock", container=False)
+            self.count = gr.Radio(
+                ["2", "3", "4"], value=str(max(2, len(self.first.columns))), label="Columns", elem_id="count"
+            )
+            self.draw = gr.Button("Draw", variant="primary", elem_id="draw", size="md", min_width=0)
+            self.stop = gr.Button(
+                "Stop", variant="secondary", elem_id="stop", size="md", min_width=0, interactive=False
+            )
+        with gr.Row(visible=shared["prompt"].pop("visible"), elem_id="texts", elem_classes="card") as self.texts:
+            for name, label in (("prompt", "Prompt"), ("negative_prompt", "Negative prompt")):
+                self.shared[name] = gr.Textbox(
+                    label=label, max_length=MAX_PROMPT, lines=1, elem_id=name, **shared[name]
+                )
+        with gr.Row(visible=shared["height"].pop("visible"), elem_id="sizes", elem_classes="card") as self.sizes:
+            for name in ("height", "width"):
+                self.shared[name] = gr.Number(
+                    label=name.capitalize(),
+                    info="pixels; empty: the model's own",
+                    precision=0,
+                    minimum=SIZE_UNIT,
+                    maximum=MAX_SIZE,
+                    step=SIZE_UNIT,
+                    elem_id=name,
+                    **shared[name],
+                )
+        self.live = gr.HTML("", elem_id="live")
+        with gr.Row(elem_id="columns", equal_height=False):
+            self.panels = [self._panel(index, columns[index]) for index in range(MAX_COLUMNS)]
+        with gr.Tabs(elem_id="closer"):
+            with gr.Tab("Steps", id="steps"):
+                self.film = gr.HTML(rendering.film([]), elem_id="film")
+            with gr.Tab("Two columns", id="pair"):
+                self._pair()
+            with gr.Tab("Curves", id="curves"):
+                self.curves = gr.HTML(rendering.curves([]), elem_id="curves")
+            with gr.Tab("Sweep", id="sweep-tab"):
+                self._sweep()
+            with gr.Tab("Take away", id="take"):
+                self._take_away()
+
+    def _panel(self, index: int, values: dict[str, dict[str, Any]]) -> Panel:
+        """A column: its controls, and below them what it draws."""
+        letter = LETTERS[index]
+        shown = index < max(2, len(self.first.columns))
+        with gr.Column(
+            visible=shown, min_width=320, elem_id=f"column-{letter.lower()}", elem_classes=["card", "column"]
+        ) as frame:
+            with gr.Row(elem_classes="fields"):
+                gr.HTML(rendering.chip(letter), elem_classes="letter", min_width=0)
+                model = gr.Dropdown(
+                    label="Model", allow_custom_value=True, elem_classes="wide", min_width=120, **values["model"]
+                )
+                scheduler = gr.Dropdown(label="Scheduler", elem_classes="wide", min_width=120, **values["scheduler"])
+                steps = gr.Number(
+                    label="Steps",
+                    precision=0,
+                    minimum=1,
+                    maximum=MAX_STEPS,
+                    elem_classes="short",
+                    min_width=60,
+                    **values["steps"],
+                )
+            with gr.Row(elem_classes="fields"):
+                guidance = gr.Dropdown(label="Guidance", elem_classes="wide", min_width=120, **values["guidance"])
+                scale = gr.Slider(
+                    0, MAX_SCALE, step=0.1, label="Scale", elem_classes="wide scale", min_width=120, **values["scale"]
+                )
+                with gr.Accordion("More", open=False, elem_classes="more"), gr.Row(elem_classes="fields"):
+                    small = {"elem_classes": "short", "min_width": 60}
+                    bounds = {"minimum": 0, "maximum": 1, "step": 0.05}
+                    start = gr.Number(label="From", **bounds, **small, **values["start"])
+                    end = gr.Number(label="To", **bounds, **small, **values["end"])
+                    eta = gr.Number(label="Eta", **bounds, **small, **values["eta"])
+                    dtype = gr.Dropdown(label="Precision", elem_classes="wide", min_width=90, **values["dtype"])
+            pictures = gr.HTML(elem_id=f"pictures-{letter.lower()}", elem_classes="pictures")
+        controls = dict(zip(Panel.names, (model, scheduler, steps, guidance, scale, start, end, eta, dtype)))
+        return Panel(controls, pictures, frame)
+
+    def _pair(self) -> None:
+        letters = list(LETTERS[: max(2, len(self.first.columns))])
+        with gr.Row(elem_classes="fields"):
+            self.left = gr.Radio(letters, value="A", label="Left", elem_id="left")
+            self.right = gr.Radio(letters, value="B", label="Right", elem_id="right")
+            self.image = gr.Dropdown([("all images", -1)], value=-1, label="Image", elem_id="image", min_width=120)
+        with gr.Row(elem_id="pair"):
+            self.divided = gr.HTML(rendering.nothing("Draw something, then compare two columns here."))
+            self.difference = gr.HTML("", elem_id="difference")
+
+    def _sweep(self) -> None:
+        letters = list(LETTERS[: max(2, len(self.first.columns))])
+        with gr.Row(elem_classes="fields"):
+            self.sweep_column = gr.Radio(letters, value=letters[-1], label="Column", elem_id="sweep-column")
+            self.scales = gr.Textbox("0, 1, 2, 4, 8", label="Guidance scales", max_length=200, min_width=140)
+            self.sweep_steps = gr.Textbox("2, 5, 10, 20", label="Numbers of steps", max_length=200, min_width=140)
+            self.draw_sweep = gr.Button("Draw the sweep", size="md", elem_id="draw-sweep", min_width=0)
+        self.sweep_note = gr.HTML(
+            rendering.nothing("One picture of every scale with every number of steps, all from the same noise."),
+            elem_id="sweep-note",
+        )
+        self.sweep_picture = gr.Image(
+            visible=False,
+            show_label=False,
+            label="Sweep",
+            format="png",
+            type="pil",
+            interactive=False,
+            elem_id="sweep",
+            buttons=["download", "fullscreen"],
+        )
+
+    def _take_away(self) -> None:
+        with gr.Row(elem_classes="fields"):
+            self.link = gr.Textbox("", label="Link", interactive=False, max_lines=1, elem_id="link")
+            self.copy = gr.Button("Copy link", size="md", elem_id="copy-link", min_width=0)
+            self.zip = gr.DownloadButton("Download zip", size="md", elem_id="download", interactive=False, min_width=0)
+        self.code = gr.HTML(
+            rendering.nothing("Draw something: here will be the Python that draws it."), elem_id="code"
+        )
+
+    # What the controls show
+
+    def describe(self, model: str) -> Description | None:
+        """The description of a model, or None where it cannot be had: the column itself says why when it draws."""
+        try:
+            return self.catalog.describe(model)
+        except SettingsError:
+            return None
+
+    def control_values(self, comparison: Comparison) -> tuple[dict[str, dict], list[dict[str, dict]]]:
+        """Value, choices and visibility of every control: those that are shared, and those of each column."""
+        columns = list(comparison.columns)
+        columns += [columns[-1]] * (MAX_COLUMNS - len(columns))
+        descriptions = {name: self.describe(name) for name in {column.model for column in columns}}
+        per_column = [self.column_values(column, descriptions[column.model]) for column in columns]
+        shared = {
+            "classes": {"value": list(comparison.class_labels)},
+            "images": {"value": comparison.num_images},
+            "seed": {"value": comparison.seed},
+            "prompt": {"value": comparison.prompt},
+            "negative_prompt": {"value": comparison.negative_prompt},
+            "height": {"value": comparison.height},
+            "width": {"value": comparison.width},
+        }
+        for name, update in self.shared_values([columns[i].model for i in range(len(comparison.columns))]).items():
+            shared[name] |= update
+        shared["classes"]["choices"] = list(dict.fromkeys([*shared["classes"]["choices"], *comparison.class_labels]))
+        return shared, per_column
+
+    def shared_values(self, models: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """What the models in use make of the shared controls: the classes, texts, sizes."""
+        known = [description for description in map(self.describe, models) if description is not None]
+        labels = list(dict.fromkeys(label for description in known for label in description.labels))
+        return {
+            "classes": {"choices": labels},
+            "prompt": {"visible": any(description.takes_prompt for description in known)},
+            "height": {"visible": any(description.resizable for description in known)},
+        }
+
+    def column_values(self, column: Column, description: Description | None) -> dict[str, dict[str, Any]]:
+        """Value, choices and visibility of every control of a column."""
+        names = self.catalog.names
+        if description is None:
+            schedulers, kinds, etas, dtypes = ([column.scheduler] if column.scheduler else []), {}, (), [column.dtype]
+        else:
+            schedulers, kinds = description.schedulers, description.guidance
+            etas, dtypes = description.eta_schedulers, description.dtypes
+        scheduler = column.scheduler or (description.default_scheduler if description else None)
+        kinds = dict.fromkeys([*kinds, column.guidance])
+        start, end = column.guidance_interval
+        guided = column.guidance != "none"
+        return {
+            "model": {"choices": list(dict.fromkeys([*names, column.model])), "value": column.model},
+            "scheduler": {
+                "choices": [
+                    (name.removesuffix("Scheduler"), name) for name in dict.fromkeys([*schedulers, scheduler]) if name
+                ],
+                "value": scheduler,
+            },
+            "steps": {"value": column.num_inference_steps},
+            "guidance": {"choices": [(kind_title(kind), kind) for kind in kinds], "value": column.guidance},
+            "scale": {"value": column.guidance_scale, "interactive": guided},
+            "start": {"value": start, "interactive": guided},
+            "end": {"value": end, "interactive": guided},
+            "eta": {"value": column.eta, "visible": scheduler in etas or column.eta > 0},
+            "dtype": {"choices": list(dict.fromkeys([*dtypes, column.dtype])), "value": column.dtype},
+        }
+
+    def fill(self, comparison: Comparison) -> dict:
+        """Updates that set the whole page to a comparison."""
+        shared, columns = self.control_values(comparison)
+        texts, sizes = shared["prompt"].pop("visible"), shared["height"].pop("visible")
+        updates = {self.shared[name]: gr.update(**shared[name]) for name in SHARED}
+        updates |= {self.texts: gr.update(visible=texts), self.sizes: gr.update(visible=sizes)}
+        for panel, values in zip(self.panels, columns):
+            updates |= {panel.controls[name]: gr.update(**values[name]) for name in Panel.names}
+        count = max(2, len(comparison.columns))
+        updates[self.count] = gr.update(value=str(count))
+        return updates | self.show_columns(count)
+
+    def show_columns(self, count: int) -> dict:
+        """Updates that show so many columns, and offer them where one is chosen."""
+        letters = list(LETTERS[:count])
+        updates = {panel.frame: gr.update(visible=index < count) for index, panel in enumerate(self.panels)}
+        updates |= {
+            self.left: gr.update(choices=letters, value="A"),
+            self.right: gr.update(choices=letters, value="B"),
+        }
+        return updates | {self.sweep_column: gr.update(choices=letters, value=letters[-1])}
+
+    def start_pictures(self, comparison: Comparison) -> dict:
+        """Updates that show the noise from which every column will start."""
+        updates = {}
+        for index, panel in enumerate(self.panels):
+            column = comparison.columns[min(index, len(comparison.columns) - 1)]
+            description = self.describe(column.model)
+            try:
+                labels = wanted_labels(comparison, description) if description else []
+            except SettingsError:
+                labels = []
+            noise = noise_pictures(comparison, description) if description else []
+            labels = labels or [None] * len(noise)
+            updates[panel.pictures] = rendering.waiting(LETTERS[index], noise, labels)
+        return updates
+
+    # What happens
+
+    def _events(self) -> None:
+        private = {"api_visibility": "private"}
+        quick = {"queue": False, "show_progress": "hidden"} | private
+        controls = [self.count, *self.shared.values()]
+        controls += [control for panel in self.panels for control in panel.controls.values()]
+        frames = [panel.frame for panel in self.panels]
+        pictures = [panel.pictures for panel in self.panels]
+        whole = [*controls, *frames, self.texts, self.sizes, self.left, self.right, self.sweep_column]
+        busy = [self.draw, self.stop, self.draw_sweep, *self.presets]
+        results = [self.film, self.curves, self.divided, self.difference, self.image, self.link, self.zip, self.code]
+
+        self.demo.load(self.on_load, None, [*whole, *pictures, self.live, self.lock], **quick)
+        self.theme.click(None, None, None, js="() => window.demoPage.toggleTheme()", **private)
+        self.dice.click(lambda: randrange(MAX_SEED), None, self.shared["seed"], **quick)
+        self.count.input(
+            self.on_count,
+            [self.count, *controls],
+            [*frames, self.left, self.right, self.sweep_column, self.shared["classes"], self.texts, self.sizes],
+            **quick,
+        )
+        for index, panel in enumerate(self.panels):
+            values = list(panel.controls.values())
+            panel.controls["model"].input(
+                self.model_changed(index),
+                controls,
+                [*values, self.shared["classes"], self.texts, self.sizes, panel.pictures],
+                show_progress="hidden",
+                **private,
+            )
+            panel.controls["guidance"].input(
+                self.on_guidance, values, [panel.controls[name] for name in ("scale", "start", "end")], **quick
+            )
+            panel.controls["scheduler"].input(self.on_scheduler, values, panel.controls["eta"], **quick)
+
+        starts = [self.draw.click(self.on_begin, [self.shared["seed"], self.lock], [self.shared["seed"], self.live, *busy], **quick)]
+        for button, preset in zip(self.presets, PRESETS.values()):
+            starts.append(
+                button.click(self.preset_chosen(preset), None, [*whole, self.lock, self.live, *busy], **quick)
+            )
+        for started in starts:
+            drawn = started.then(
+                self.on_draw,
+                controls,
+                [*pictures, self.live, self.drawn],
+                show_progress="hidden",
+                concurrency_id="draw",
+                concurrency_limit=CONCURRENCY,
+                **private,
+            )
+            finished = drawn.then(self.on_finish, [self.drawn, self.left, self.right], [*results, *busy], **quick)
+            finished.then(None, self.link, None, js="(link) => window.demoPage.remember(link)", **private)
+        self.stop.click(self.on_stop, None, self.live, **quick)
+        gr.on(
+            [self.left.input, self.right.input, self.image.input],
+            self.on_pair,
+            [self.drawn, self.left, self.right, self.image],
+            [self.divided, self.difference],
+            **quick,
+        )
+        started = self.draw_sweep.click(lambda: self.busy(True), None, busy, **quick)
+        started.then(
+            self.on_sweep,
+            [self.sweep_column, self.scales, self.sweep_steps, *controls],
+            [self.sweep_note, self.sweep_picture],
+            show_progress="hidden",
+            concurrency_id="draw",
+            concurrency_limit=CONCURRENCY,
+            **private,
+        ).then(lambda: self.busy(False), None, busy, **quick)
+        self.copy.click(None, self.link, None, js="(link) => window.demoPage.copyLink(link)", **private)
+        self.demo.unload(self.on_unload)
+
+    def busy(self, drawing: bool) -> list:
+        """Updates of the buttons: while something is drawn only Stop can be pressed."""
+        rest = [gr.update(interactive=not drawing) for _ in (self.draw_sweep, *self.presets)]
+        return [gr.update(interactive=not drawing), gr.update(interactive=drawing), *rest]
+
+    def read(self, values: Sequence) -> Comparison:
+        """The comparison that the controls show.
+
+        Raises:
+            SettingsError: for what cannot be drawn.
+        """
+        count, shared, rest = int(values[0]), dict(zip(SHARED, values[1 : 1 + len(SHARED)])), values[1 + len(SHARED) :]
+        columns = []
+        for index in range(count):
+            column = dict(zip(Panel.names, rest[index * len(Panel.names) :]))
+            columns.append(
+                {
+                    "model": (column["model"] or "").strip(),
+                    "scheduler": column["scheduler"] or None,
+                    "num_inference_steps": column["steps"],
+                    "guidance": column["guidance"],
+                    "guidance_scale": column["scale"],
+                    "guidance_interval": [column["start"], column["end"]],
+                    "eta": column["eta"],
+                    "dtype": column["dtype"],
+                }
+            )
+        return Comparison.from_json(
+            {
+                "columns": columns,
+                "class_labels": list(shared["classes"] or []),
+                "num_images": shared["images"],
+                "seed": shared["seed"],
+                "prompt": shared["prompt"] or "",
+                "negative_prompt": shared["negative_prompt"] or "",
+                "height": shared["height"] or None,
+                "width": shared["width"] or None,
+            }
+        )
+
+    def on_load(self, request: gr.Request) -> dict:
+        """The page as its link says, or the first preset."""
+        comparison, note = self.first, ""
+        if "s" in request.query_params:
+            try:
+                comparison = from_link(f"?{request.url.query}")
+                note = rendering.message("Restored from the link. Press Draw for the same images.")
+            except SettingsError as error:
+                note = rendering.message(f"The link could not be restored: {error}", "warning")
+        return self.fill(comparison) | self.start_pictures(comparison) | {self.live: note, self.lock: True}
+
+    def on_count(self, count: str, *values) -> dict:
+        """More or fewer columns."""
+        names = len(Panel.names)
+        models = [values[1 + len(SHARED) + index * names] or "" for index in range(int(count))]
+        return self.show_columns(int(count)) | self.shared_updates(models)
+
+    def shared_updates(self, models: Sequence[str]) -> dict:
+        """Updates of the shared controls for the models in use."""
+        shared = self.shared_values(models)
+        return {
+            self.shared["classes"]: gr.update(**shared["classes"]),
+            self.texts: gr.update(**shared["prompt"]),
+            self.sizes: gr.update(**shared["height"]),
+        }
+
+    def model_changed(self, index: int):
+        """What another model in a column changes: schedulers, guidance, precision, and what is shared."""
+        panel = self.panels[index]
+
+        def on_model(*values) -> dict:
+            names = len(Panel.names)
+            rest = values[1 + len(SHARED) :]
+            models = [(rest[i * names] or "").strip() for i in range(int(values[0]))]
+            now = dict(zip(Panel.names, rest[index * names : (index + 1) * names]))
+            try:
+                description = self.catalog.describe(models[index])
+            except SettingsError as error:
+                return {panel.pictures: rendering.refused(LETTERS[index], str(error))}
+            keep = now["guidance"] in description.guidance
+            guidance = now["guidance"] if keep else similar_guidance(now["guidance"], description)
+            column = Column(
+                model=models[index],
+                num_inference_steps=now["steps"],
+                guidance=guidance,
+                guidance_scale=now["scale"] if keep else description.guidance[guidance],
+            )
+            if now["scheduler"] in description.schedulers:
+                column = replace(column, scheduler=now["scheduler"])
+            updates = self.column_values(column, description)
+            del updates["model"], updates["steps"]
+            return {panel.controls[name]: gr.update(**update) for name, update in updates.items()} | {
+                **self.shared_updates(models),
+                panel.pictures: rendering.waiting(LETTERS[index], [], []),
+            }
+
+        return on_model
+
+    def on_guidance(self, *values) -> tuple:
+        """Another kind of guidance has another scale that works well."""
+        now = dict(zip(Panel.names, values))
+        description = self.describe(now["model"])
+        guided = now["guidance"] != "none"
+        scale = description.guidance.get(now["guidance"], now["scale"]) if description else now["scale"]
+        return gr.update(value=scale, interactive=guided), gr.update(interactive=guided), gr.update(interactive=guided)
+
+    def on_scheduler(self, *values) -> dict:
+        """Eta is for schedulers that have it."""
+        now = dict(zip(Panel.names, values))
+        description = self.describe(now["model"])
+        has_eta = description is not None and now["scheduler"] in description.eta_schedulers
+        return gr.update(visible=has_eta) if has_eta else gr.update(visible=False, value=0)
+
+    def on_begin(self, seed: int | None, locked: bool) -> list:
+        """Before drawing: a new seed where it is not locked."""
+        new = gr.skip() if locked else randrange(MAX_SEED)
+        return [new, rendering.message("Waiting for a free place."), *self.busy(True)]
+
+    def preset_chosen(self, preset: Comparison):
+        """Sets the page to a preset."""
+        buttons = [self.draw, self.stop, self.draw_sweep, *self.presets]
+
+        def on_preset() -> dict:
+            note = rendering.message("Waiting for a free place.")
+            return self.fill(preset) | {self.lock: True, self.live: note} | dict(zip(buttons, self.busy(True)))
+
+        return on_preset
+
+    def on_draw(self, *values, request: gr.Request = None) -> Iterator[tuple]:
+        """Draws the columns, and shows them on the way."""
+        skip = [gr.skip()] * MAX_COLUMNS
+        try:
+            comparison = self.read(values)
+        except SettingsError as error:
+            yield *skip, rendering.message(str(error), "warning"), gr.skip()
+            return
+        for states in self.endpoints.states(comparison, request.session_hash, "page"):
+            shown = [rendering.column(letter, state) for letter, state in zip(LETTERS, states)]
+            shown += [gr.skip()] * (MAX_COLUMNS - len(shown))
+            yield *shown, rendering.message(rendering.announcement(states)), gr.skip()
+        yield *skip, gr.skip(), Drawn(comparison, states)
+
+    def on_finish(self, drawn: Drawn | None, left: str, right: str) -> list:
+        """After drawing: everything to look closer at and to take away."""
+        if drawn is None:
+            return [*[gr.skip()] * 8, *self.busy(False)]
+        comparison, states = drawn.comparison, drawn.states
+        images = [("all images", -1)]
+        for i in range(comparison.num_images):
+            label = next((state.labels[i] for state in states if i < len(state.labels) and state.labels[i]), None)
+            images.append((f"{i + 1}: {label}" if label else str(i + 1), i))
+        folder = Path(tempfile.mkdtemp(dir=self.zips))
+        return [
+            rendering.film(states),
+            rendering.curves(states),
+            *self.on_pair(drawn, left, right, -1),
+            gr.update(choices=images, value=-1),
+            to_link(comparison),
+            gr.update(value=str(self.endpoints.archive(comparison, states, folder)), interactive=True),
+            self.codes(comparison),
+            *self.busy(False),
+        ]
+
+    def codes(self, comparison: Comparison) -> str:
+        """The Python of every column."""
+        texts = {}
+        for index, letter in enumerate(LETTERS[: len(comparison.columns)]):
+            try:
+                texts[letter] = self.endpoints.code(comparison, index)
+            except SettingsError as error:
+                texts[letter] = f"# {error}"
+        return rendering.codes(texts)
+
+    def on_stop(self, request: gr.Request) -> str:
+        """Stops what this page draws."""
+        self.endpoints.runs.stop_session(request.session_hash)
+        return rendering.message("Stopping.")
+
+    def on_pair(self, drawn: Drawn | None, left: str, right: str, image: int | None) -> tuple[str, str]:
+        """Two columns over each other, and their difference."""
+        if drawn is None:
+            return gr.skip(), gr.skip()
+        states = dict(zip(LETTERS, drawn.states))
+        for letter in (left, right):
+            if letter not in states or not states[letter].images:
+                return rendering.nothing(f"Column {letter} has drawn nothing."), ""
+        index = None if image is None or image < 0 else image
+        chosen = [
+            states[letter].images if index is None else [states[letter].images[index]] for letter in (left, right)
+        ]
+        try:
+            picture = rendering.difference(left, right, *difference(*chosen))
+        except SettingsError as error:
+            picture = rendering.nothing(str(error))
+        return rendering.divided(left, right, states, index), picture
+
+    def on_sweep(self, letter: str, scales: str, steps: str, *values, request: gr.Request = None) -> Iterator[tuple]:
+        """Draws the sweep of a column."""
+        try:
+            comparison = self.read(values)
+            index = chosen_column(comparison, letter)
+            scales, steps = numbers("Guidance scales", scales, float), numbers("Numbers of steps", steps, int)
+            yield rendering.sweep_progress(0), gr.skip()
+            session = request.session_hash
+            for share, picture in self.endpoints.pictures(comparison, index, scales, steps, session, "sweep"):
+                if picture is None:
+                    yield rendering.sweep_progress(share), gr.skip()
+                else:
+                    yield "", gr.update(value=picture, visible=True)
+            if picture is None:
+                yield rendering.nothing("Stopped."), gr.skip()
+        except SettingsError as error:
+            yield rendering.message(str(error), "warning"), gr.skip()
+
+    def on_unload(self, request: gr.Request) -> None:
+        """A page that was closed draws no further."""
+        self.endpoints.runs.stop_session(request.session_hash)
+
+
+def kind_title(kind: str) -> str:
+    """A kind of guidance as it is offered."""
+    return kind.replace("-", " ")
+
+
+def similar_guidance(kind: str, description: Description) -> str:
+    """A kind that a model has, for one that it has not: guided stays guided, where that is possible."""
+    kinds = list(description.guidance)
+    return next((other for other in kinds if other != "none"), "none") if kind != "none" else kinds[0]
+
+
+def noise_pictures(comparison: Comparison, description: Description) -> list[Image.Image]:
+    """The noise from which the images of a column start, as images; none where it is noise of latents."""
+    if description.latent or description.takes_prompt or max(description.height, description.width) > 128:
+        return []
+    sources = generators(comparison)
+    noise = initial_noise(comparison, description, sources)
+    if noise is None:
+        shape = (1, description.channels, description.height, description.width)
+        noise = torch.cat([torch.randn(shape, generator=source) for source in sources])
+    pixels = ((noise.clamp(-2, 2) / 4 + 0.5) * 255).byte().movedim(1, -1).numpy()
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image[..., :3]) for image in pixels]
+
+
+def numbers(name: str, text: str, kind: type) -> list:
+    """Numbers from a field: "0, 1, 2".
+
+    Raises:
+        SettingsError: for anything else.
+    """
+    try:
+        return [kind(part) for part in text.replace(",", " ").split()]
+    except ValueError as error:
+        example = "5, 10, 20" if kind is int else "0, 1, 2.5"
+        raise SettingsError(f"{name}: write {'whole ' if kind is int else ''}numbers, such as {example}.") from error
+
+
+def main(
+    models: tuple[str, ...] = (),
+    server_name: str | None = None,
+    server_port: int | None = None,
+    capacity: int | None = None,
+) -> None:
+    """Serves the demo until it is stopped.
+
+    Args:
+        models: folders and Hub names to offer besides the shipped models.
+        server_name: address to listen on; 0.0.0.0 for everyone.
+        server_port: port to listen on.
+        capacity: models in memory at most.
+    """
+    if capacity is not None:
+        os.environ["DIFFUSERS_EXT_DEMO_CAPACITY"] = str(capacity)
+    torch.set_num_threads(1)  # the columns are the threads, and small networks gain nothing by more
+    catalog = Catalog.shipped(models)
+    launch(build(catalog, load_judge(catalog.device)), server_name=server_name, server_port=server_port)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,71 @@
+() => {
+  // What runs in the browser: the theme, the scrubber, the dividing line, copying, and names for screen readers.
+  const page = {
+    toggleTheme() {
+      const dark = document.body.classList.toggle("dark");
+      localStorage.setItem("theme", dark ? "dark" : "light");
+    },
+    remember(link) {
+      if (link) history.replaceState(null, "", location.pathname + link + location.hash);
+    },
+    copyLink(link) {
+      page.copy(link ? location.origin + location.pathname + link : location.href, document.querySelector("#copy-link"));
+    },
+    copy(text, button) {
+      const before = button.textContent;
+      const done = (word) => {
+        button.textContent = word;
+        setTimeout(() => (button.textContent = before), 1500);
+      };
+      // Without https or on refusal there is no clipboard; a selected field can still be copied by hand.
+      if (!navigator.clipboard) return done("Copy by hand");
+      navigator.clipboard.writeText(text).then(() => done("Copied"), () => done("Copy by hand"));
+    },
+    scrub(film, share) {
+      for (const column of film.querySelectorAll(".film-column")) {
+        const frames = [...column.querySelectorAll(".frame")];
+        const shown = Math.round(share * (frames.length - 1));
+        frames.forEach((frame, index) => frame.setAttribute("aria-pressed", String(index === shown)));
+        const sources = frames[shown].querySelectorAll("img");
+        column.querySelectorAll(".large img").forEach((image, index) => (image.src = sources[index].src));
+        column.querySelector("output").textContent = frames[shown].dataset.step;
+      }
+    },
+  };
+  window.demoPage = page;
+
+  const kept = localStorage.getItem("theme");
+  if (kept) document.body.classList.toggle("dark", kept === "dark");
+
+  document.addEventListener("input", ({ target }) => {
+    if (target.matches("#scrubber")) {
+      const share = target.max > 0 ? target.value / target.max : 1;
+      target.setAttribute("aria-valuetext", `${Math.round(100 * share)} % of the run`);
+      page.scrub(target.closest(".film"), share);
+    }
+    if (target.matches("#slider")) target.closest(".divided").style.setProperty("--split", `${target.value}%`);
+  });
+
+  document.addEventListener("click", ({ target }) => {
+    const frame = target.closest(".frame");
+    if (frame) {
+      const frames = frame.parentElement.querySelectorAll(".frame").length;
+      const scrubber = document.querySelector("#scrubber");
+      scrubber.value = frames > 1 ? Math.round((frame.dataset.frame / (frames - 1)) * scrubber.max) : scrubber.max;
+      scrubber.dispatchEvent(new Event("input", { bubbles: true }));
+    }
+    const copy = target.closest(".copy");
+    if (copy) page.copy(copy.closest(".code").querySelector("code").textContent, copy);
+  });
+
+  // Gradio replaces the text inside; the region itself must stay to be announced.
+  const names = { "#theme": "Switch between light and dark theme", "#dice": "New seed" };
+  for (const [selector, name] of Object.entries(names)) {
+    const button = document.querySelector(selector);
+    button?.setAttribute("aria-label", name);
+    button?.setAttribute("title", name);
+  }
+  const live = document.querySelector("#live");
+  live?.setAttribute("role", "status");
+  live?.setAttribute("aria-live", "polite");
+}
