@@ -136,9 +136,10 @@ def watch(page: "Page") -> list[str]:
 
 
 # What a new run has not drawn over yet is marked, lest the end of the run before it be taken for its own.
-MARK = "() => document.querySelectorAll('section.result').forEach(result => result.dataset.old = '')"
-SETTLED = """columns => [...columns].every(column => ['done', 'stopped', 'failed'].includes(
-    document.querySelector(`#pictures-${column} section.result:not([data-old])`)?.classList[1]))"""
+MARK = "() => document.querySelectorAll('.result').forEach(result => result.dataset.old = '')"
+SETTLED = """columns => !document.querySelector('#draw').disabled && [...columns].every(column => [
+    'done', 'stopped', 'failed'
+].includes(document.querySelector(`#pictures-${column} .result:not([data-old])`)?.dataset.status))"""
 
 
 class Visitor:
@@ -186,15 +187,15 @@ class Visitor:
 
     def wait_for_pictures(self, column: str = "a") -> None:
         """Waits for the first previews of a run that has been asked for."""
-        self.page.locator(f"#pictures-{column} section.drawing:not([data-old]) img").first.wait_for()
+        self.page.locator(f"#pictures-{column} [data-status=drawing]:not([data-old]) img").first.wait_for()
 
     def wait_until_settled(self, columns: str = "ab", seconds: float = 60) -> None:
-        """Waits until these columns are done, stopped or failed."""
+        """Waits until these columns are done, stopped or failed, and the page takes the next run."""
         self.page.wait_for_function(SETTLED, arg=columns, timeout=1000 * seconds)
 
     def status(self, column: str) -> str:
-        """The state of a column: "ready" or one of comparison.STATUSES."""
-        return self.page.locator(f"#pictures-{column} section.result").evaluate("result => result.classList[1]")
+        """The state of a column, one of comparison.STATUSES."""
+        return self.page.locator(f"#pictures-{column} .result").get_attribute("data-status")
 
     def pictures(self, column: str) -> list[str]:
         """The images of a column as data URIs."""

@@ -23,6 +23,7 @@ from catalog import Catalog, Description
 from comparison import ColumnState
 from endpoints import Endpoints, chosen_column
 from judge import load_judge
+from observation import Stopped
 from pictures import difference
 from PIL import Image
 from plan import generators, initial_noise, wanted_labels
@@ -118,9 +119,6 @@ class Panel:
     names = ("model", "scheduler", "steps", "guidance", "scale", "start", "end", "eta", "dtype")
 
 
-SHARED = ("classes", "images", "seed", "prompt", "negative_prompt", "height", "width")
-
-
 def build(catalog: Catalog, judge=None) -> gr.Blocks:
     """The page and its endpoints, to be started by `launch`."""
     return Page(catalog, judge).demo
@@ -141,6 +139,8 @@ def launch(demo: gr.Blocks, **options: Any):
 
 class Page:
     """The layout, and what its controls do. `demo` is the `gr.Blocks`."""
+
+    shared_names = ("classes", "images", "seed", "prompt", "negative_prompt", "height", "width")
 
     def __init__(self, catalog: Catalog, judge=None):
         self.catalog = catalog
@@ -165,63 +165,80 @@ class Page:
         self.drawn = gr.State(None, time_to_live=KEPT)
         with gr.Row(elem_id="head"):
             gr.HTML(
-                "<h1>diffusers_ext</h1><p>What guidance, schedulers and models do: side by side, from the same noise."
-                "</p>",
+                '<div class="title"><span class="mark" aria-hidden="true"><i></i><i></i><i></i><i></i></span>'
+                "<div><h1>Diffusion models side by side</h1>"
+                "<p>From the same noise: what models, schedulers and guidance change.</p></div></div>",
                 elem_id="title",
             )
             with gr.Row(elem_id="presets"):
                 self.presets = [gr.Button(name, size="sm", elem_classes="preset") for name in PRESETS]
                 self.theme = gr.Button("◐", size="sm", elem_id="theme", min_width=0)
-        with gr.Row(elem_id="bar", elem_classes="card"):
-            self.shared = {
-                "classes": gr.Dropdown(
-                    label="Classes", multiselect=True, max_choices=MAX_IMAGES, elem_id="classes", **shared["classes"]
-                ),
-                "images": gr.Number(
-                    label="Images",
-                    precision=0,
-                    minimum=1,
-                    maximum=MAX_IMAGES,
-                    elem_id="images",
-                    elem_classes="short",
-                    **shared["images"],
-                ),
-                "seed": gr.Number(
-                    label="Seed",
-                    precision=0,
-                    minimum=0,
-                    maximum=MAX_SEED,
-                    elem_id="seed",
-                    elem_classes="short",
-                    **shared["seed"],
-                ),
-            }
-            self.dice = gr.Button("⚄", size="sm", elem_id="dice", min_width=0)
-            self.lock = gr.Checkbox(True, label="Lock seed", elem_id="lock", container=False)
-            self.count = gr.Radio(
-                ["2", "3", "4"], value=str(max(2, len(self.first.columns))), label="Columns", elem_id="count"
-            )
-            self.draw = gr.Button("Draw", variant="primary", elem_id="draw", size="md", min_width=0)
-            self.stop = gr.Button(
-                "Stop", variant="secondary", elem_id="stop", size="md", min_width=0, interactive=False
-            )
-        with gr.Row(visible=shared["prompt"].pop("visible"), elem_id="texts", elem_classes="card") as self.texts:
-            for name, label in (("prompt", "Prompt"), ("negative_prompt", "Negative prompt")):
-                self.shared[name] = gr.Textbox(
-                    label=label, max_length=MAX_PROMPT, lines=1, elem_id=name, **shared[name]
+        with gr.Column(elem_id="shared"):
+            with gr.Row(elem_id="bar", elem_classes="card"):
+                self.shared = {
+                    "classes": gr.Dropdown(
+                        label="Classes",
+                        multiselect=True,
+                        max_choices=MAX_IMAGES,
+                        elem_id="classes",
+                        **shared["classes"],
+                    ),
+                    "images": gr.Number(
+                        label="Images",
+                        precision=0,
+                        minimum=1,
+                        maximum=MAX_IMAGES,
+                        elem_id="images",
+                        elem_classes="short",
+                        **shared["images"],
+                    ),
+                    "seed": gr.Number(
+                        label="Seed",
+                        precision=0,
+                        minimum=0,
+                        maximum=MAX_SEED,
+                        elem_id="seed",
+                        elem_classes="short",
+                        **shared["seed"],
+                    ),
+                }
+                self.dice = gr.Button("⚄", size="sm", elem_id="dice", min_width=0)
+                self.lock = gr.Checkbox(True, label="Lock seed", elem_id="lock", container=False)
+                self.count = gr.Radio(
+                    ["2", "3", "4"], value=str(max(2, len(self.first.columns))), label="Columns", elem_id="count"
                 )
-        with gr.Row(visible=shared["height"].pop("visible"), elem_id="sizes", elem_classes="card") as self.sizes:
-            for name in ("height", "width"):
-                self.shared[name] = gr.Number(
-                    label=name.capitalize(),
-                    info="pixels; empty: the model's own",
-                    precision=0,
-                    minimum=SIZE_UNIT,
-                    maximum=MAX_SIZE,
-                    step=SIZE_UNIT,
-                    elem_id=name,
-                    **shared[name],
+                with (
+                    gr.Accordion(
+                        "Size",
+                        open=False,
+                        visible=shared["height"].pop("visible"),
+                        elem_id="sizes",
+                        elem_classes="more",
+                    ) as self.sizes,
+                    gr.Row(elem_classes="fields"),
+                ):
+                    for name in ("height", "width"):
+                        self.shared[name] = gr.Number(
+                            label=f"{name.capitalize()} in pixels",
+                            placeholder="own",
+                            precision=0,
+                            minimum=SIZE_UNIT,
+                            maximum=MAX_SIZE,
+                            step=SIZE_UNIT,
+                            elem_id=name,
+                            elem_classes="size",
+                            min_width=60,
+                            **shared[name],
+                        )
+                self.draw = gr.Button("Draw", variant="primary", elem_id="draw", size="md", min_width=0)
+                self.stop = gr.Button(
+                    "Stop", variant="secondary", elem_id="stop", size="md", min_width=0, interactive=False
                 )
+            with gr.Row(visible=shared["prompt"].pop("visible"), elem_id="texts", elem_classes="card") as self.texts:
+                for name, label in (("prompt", "Prompt"), ("negative_prompt", "Negative prompt")):
+                    self.shared[name] = gr.Textbox(
+                        label=label, max_length=MAX_PROMPT, lines=1, elem_id=name, **shared[name]
+                    )
         self.live = gr.HTML("", elem_id="live")
         with gr.Row(elem_id="columns", equal_height=False):
             self.panels = [self._panel(index, columns[index]) for index in range(MAX_COLUMNS)]
@@ -244,7 +261,7 @@ class Page:
         with gr.Column(
             visible=shown, min_width=320, elem_id=f"column-{letter.lower()}", elem_classes=["card", "column"]
         ) as frame:
-            with gr.Row(elem_classes="fields"):
+            with gr.Row(elem_classes=["fields", "one"]):
                 gr.HTML(rendering.chip(letter), elem_classes="letter", min_width=0)
                 model = gr.Dropdown(
                     label="Model", allow_custom_value=True, elem_classes="wide", min_width=120, **values["model"]
@@ -262,7 +279,14 @@ class Page:
             with gr.Row(elem_classes="fields"):
                 guidance = gr.Dropdown(label="Guidance", elem_classes="wide", min_width=120, **values["guidance"])
                 scale = gr.Slider(
-                    0, MAX_SCALE, step=0.1, label="Scale", elem_classes="wide scale", min_width=120, **values["scale"]
+                    0,
+                    MAX_SCALE,
+                    step=0.1,
+                    label="Scale",
+                    buttons=[],
+                    elem_classes="wide scale",
+                    min_width=120,
+                    **values["scale"],
                 )
                 with gr.Accordion("More", open=False, elem_classes="more"), gr.Row(elem_classes="fields"):
                     small = {"elem_classes": "short", "min_width": 60}
@@ -361,7 +385,7 @@ class Page:
         if description is None:
             schedulers, kinds, etas, dtypes = ([column.scheduler] if column.scheduler else []), {}, (), [column.dtype]
         else:
-            schedulers, kinds = description.schedulers, description.guidance
+            schedulers, kinds = [description.default_scheduler, *description.schedulers], description.guidance
             etas, dtypes = description.eta_schedulers, description.dtypes
         scheduler = column.scheduler or (description.default_scheduler if description else None)
         kinds = dict.fromkeys([*kinds, column.guidance])
@@ -388,7 +412,7 @@ class Page:
         """Updates that set the whole page to a comparison."""
         shared, columns = self.control_values(comparison)
         texts, sizes = shared["prompt"].pop("visible"), shared["height"].pop("visible")
-        updates = {self.shared[name]: gr.update(**shared[name]) for name in SHARED}
+        updates = {self.shared[name]: gr.update(**shared[name]) for name in self.shared_names}
         updates |= {self.texts: gr.update(visible=texts), self.sizes: gr.update(visible=sizes)}
         for panel, values in zip(self.panels, columns):
             updates |= {panel.controls[name]: gr.update(**values[name]) for name in Panel.names}
@@ -411,22 +435,25 @@ class Page:
         updates = {}
         for index, panel in enumerate(self.panels):
             column = comparison.columns[min(index, len(comparison.columns) - 1)]
-            description = self.describe(column.model)
+            noise = self.noise_of(comparison, column.model)
             try:
-                labels = wanted_labels(comparison, description) if description else []
+                labels = wanted_labels(comparison, self.catalog.describe(column.model)) if noise else []
             except SettingsError:
-                labels = []
-            noise = noise_pictures(comparison, description) if description else []
-            labels = labels or [None] * len(noise)
+                labels = [None] * len(noise)
             updates[panel.pictures] = rendering.waiting(LETTERS[index], noise, labels)
         return updates
+
+    def noise_of(self, comparison: Comparison, model: str) -> list[Image.Image]:
+        """The noise from which a model starts; of models that may have to be fetched first, none."""
+        description = self.describe(model) if model in self.catalog.names else None
+        return noise_pictures(comparison, description) if description else []
 
     # What happens
 
     def _events(self) -> None:
         private = {"api_visibility": "private"}
         quick = {"queue": False, "show_progress": "hidden"} | private
-        controls = [self.count, *self.shared.values()]
+        controls = [self.count, *(self.shared[name] for name in self.shared_names)]
         controls += [control for panel in self.panels for control in panel.controls.values()]
         frames = [panel.frame for panel in self.panels]
         pictures = [panel.pictures for panel in self.panels]
@@ -457,7 +484,11 @@ class Page:
             )
             panel.controls["scheduler"].input(self.on_scheduler, values, panel.controls["eta"], **quick)
 
-        starts = [self.draw.click(self.on_begin, [self.shared["seed"], self.lock], [self.shared["seed"], self.live, *busy], **quick)]
+        starts = [
+            self.draw.click(
+                self.on_begin, [self.shared["seed"], self.lock], [self.shared["seed"], self.live, *busy], **quick
+            )
+        ]
         for button, preset in zip(self.presets, PRESETS.values()):
             starts.append(
                 button.click(self.preset_chosen(preset), None, [*whole, self.lock, self.live, *busy], **quick)
@@ -506,7 +537,11 @@ class Page:
         Raises:
             SettingsError: for what cannot be drawn.
         """
-        count, shared, rest = int(values[0]), dict(zip(SHARED, values[1 : 1 + len(SHARED)])), values[1 + len(SHARED) :]
+        count, shared, rest = (
+            int(values[0]),
+            dict(zip(self.shared_names, values[1 : 1 + len(self.shared_names)])),
+            values[1 + len(self.shared_names) :],
+        )
         columns = []
         for index in range(count):
             column = dict(zip(Panel.names, rest[index * len(Panel.names) :]))
@@ -549,7 +584,7 @@ class Page:
     def on_count(self, count: str, *values) -> dict:
         """More or fewer columns."""
         names = len(Panel.names)
-        models = [values[1 + len(SHARED) + index * names] or "" for index in range(int(count))]
+        models = [values[1 + len(self.shared_names) + index * names] or "" for index in range(int(count))]
         return self.show_columns(int(count)) | self.shared_updates(models)
 
     def shared_updates(self, models: Sequence[str]) -> dict:
@@ -567,7 +602,7 @@ class Page:
 
         def on_model(*values) -> dict:
             names = len(Panel.names)
-            rest = values[1 + len(SHARED) :]
+            rest = values[1 + len(self.shared_names) :]
             models = [(rest[i * names] or "").strip() for i in range(int(values[0]))]
             now = dict(zip(Panel.names, rest[index * names : (index + 1) * names]))
             try:
@@ -623,7 +658,7 @@ class Page:
 
         return on_preset
 
-    def on_draw(self, *values, request: gr.Request = None) -> Iterator[tuple]:
+    def on_draw(self, request: gr.Request, *values) -> Iterator[tuple]:
         """Draws the columns, and shows them on the way."""
         skip = [gr.skip()] * MAX_COLUMNS
         try:
@@ -631,8 +666,9 @@ class Page:
         except SettingsError as error:
             yield *skip, rendering.message(str(error), "warning"), gr.skip()
             return
+        noise = [self.noise_of(comparison, column.model) for column in comparison.columns]
         for states in self.endpoints.states(comparison, request.session_hash, "page"):
-            shown = [rendering.column(letter, state) for letter, state in zip(LETTERS, states)]
+            shown = [rendering.column(*column) for column in zip(LETTERS, states, noise)]
             shown += [gr.skip()] * (MAX_COLUMNS - len(shown))
             yield *shown, rendering.message(rendering.announcement(states)), gr.skip()
         yield *skip, gr.skip(), Drawn(comparison, states)
@@ -686,12 +722,13 @@ class Page:
             states[letter].images if index is None else [states[letter].images[index]] for letter in (left, right)
         ]
         try:
-            picture = rendering.difference(left, right, *difference(*chosen))
-        except SettingsError as error:
+            pairs = [difference([first], [second]) for first, second in zip(*chosen, strict=True)]
+            picture = rendering.differences(left, right, [(image, rms[0]) for image, rms in pairs])
+        except (SettingsError, ValueError) as error:
             picture = rendering.nothing(str(error))
         return rendering.divided(left, right, states, index), picture
 
-    def on_sweep(self, letter: str, scales: str, steps: str, *values, request: gr.Request = None) -> Iterator[tuple]:
+    def on_sweep(self, request: gr.Request, letter: str, scales: str, steps: str, *values) -> Iterator[tuple]:
         """Draws the sweep of a column."""
         try:
             comparison = self.read(values)
@@ -704,8 +741,8 @@ class Page:
                     yield rendering.sweep_progress(share), gr.skip()
                 else:
                     yield "", gr.update(value=picture, visible=True)
-            if picture is None:
-                yield rendering.nothing("Stopped."), gr.skip()
+        except Stopped:
+            yield rendering.nothing("Stopped."), gr.skip()
         except SettingsError as error:
             yield rendering.message(str(error), "warning"), gr.skip()
 

@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import re
+import shutil
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from typing import Any, get_args
 import accelerate
 import torch
 from huggingface_hub import constants
+from schedulers import scheduler_classes, takes_eta, working_schedulers
+from settings import SettingsError
 from transformers import PreTrainedModel
 
 import diffusers
@@ -39,18 +42,19 @@ from diffusers_ext.hub.loading import load_pipeline
 from diffusers_ext.hub.remote import pull
 from diffusers_ext.hub.safety import INDEX, LIBRARIES, check_folder, parse_json, redact, show
 from diffusers_ext.sampling import height_width, image_channels, null_label, num_classes
-from schedulers import scheduler_classes, takes_eta, working_schedulers
-from settings import SettingsError
 
 
 logger = logging.getLogger(__name__)
 
 SHIPPED = ("film-mnist", "dit-gqa-mnist", "adm-mnist", "dilated-mnist")  # the order in which they are shown
 ENVIRONMENT = "DIFFUSERS_EXT_DEMO_"
-MAX_BYTES = 8 << 30  # of a repository on the Hub
+MAX_BYTES = 6 << 30  # of a repository that a visitor names; Stable Diffusion 1.5 has 5.5 GB
+FREE_BYTES = 2 << 30  # of the disk, which downloads leave
 MAX_DESCRIPTIONS = 64  # that are remembered
 POLL = 0.1  # seconds between two looks at `stop`
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+
+PATH = re.compile(r"(?<![\w:/.~])~?/[^\s'\"`,;:]+")  # from the root of this machine; not of an address, nor user/name
 
 # Arguments of the call that make a pipeline of diffusers one that draws images of a text, and those that make it
 # another kind: it changes images, or draws videos or sounds.
@@ -145,7 +149,7 @@ class Catalog:
         allow_hub: whether visitors may name repositories of the Hub; public ones, since the operator's token is not
             used for them.
         trust_remote_code: run the code that a model brings, where it needs it.
-        max_bytes: most bytes to fetch from one repository.
+        max_bytes: most bytes of a repository that a visitor names.
     """
 
     def __init__(
@@ -222,8 +226,8 @@ class Catalog:
         if found is None:
             with _for_visitors(source):
                 folder = self._folder(source)
-            with _for_visitors(source, folder), LOADING:
-                found = _describe(source, self._skeleton(source, folder), self.device)
+                with LOADING:
+                    found = _describe(source, self._skeleton(source, folder), self.device)
             with self._changed:
                 self._descriptions[source.name] = found
                 if len(self._descriptions) > MAX_DESCRIPTIONS:
@@ -231,9 +235,7 @@ class Catalog:
         return found
 
     @contextmanager
-    def borrow(
-        self, model: str, dtype: str, stop: Callable[[], bool] = lambda: False
-    ) -> Iterator[DiffusionPipeline]:
+    def borrow(self, model: str, dtype: str, stop: Callable[[], bool] = lambda: False) -> Iterator[DiffusionPipeline]:
         """The pipeline that all who borrow it share; not to be changed, see `new_pipeline`.
 
         Waits for a place in the order of arrival, and takes the one of the pipeline that nobody uses and that was used
@@ -300,12 +302,12 @@ class Catalog:
         return True
 
     def _fill(self, key: tuple[str, str], place: _Place, source: _Source) -> None:
-        pipe, error = None, None
+        pipe, error = None, SettingsError(f"`model` {show(source.name)} is not loaded: that was interrupted.")
         try:
             with _for_visitors(source):
                 folder = self._folder(source)
-            with _for_visitors(source, folder), LOADING:
-                pipe = self._load(folder, getattr(torch, key[1]))
+                with LOADING:
+                    pipe, error = self._load(folder, getattr(torch, key[1])), None
         except SettingsError as raised:
             error = raised
         finally:
@@ -328,17 +330,16 @@ class Catalog:
         Raises:
             SettingsError: for a name of none, with one text for folders that are not there and that are not allowed.
         """
-        if model in self._models:
+        if isinstance(model, str) and model in self._models:
             return self._models[model]
         if not isinstance(model, str) or not re.fullmatch(r"[\x21-\x7e]{1,200}", model):
             raise SettingsError(
                 f"`model` is {show(model)}; it must be one of {', '.join(self._models)}, a Hub id such as "
                 "google/ddpm-cifar10-32, or a folder, in at most 200 ASCII characters without spaces."
             )
-        folder = self._allowed_folder(model)
+        folder = None if ".." in model else self._allowed_folder(model)
         if folder is not None:
-            operators = [source for source in self._models.values() if source.folder == folder]
-            return operators[0] if operators else _Source(str(folder), str(folder), folder, is_operators=False)
+            return self._folder_source(folder)
         if HUB_ID.fullmatch(model) and ".." not in model:
             if self.allow_hub:
                 return _Source(model, model, None, is_operators=False)
@@ -352,12 +353,23 @@ class Catalog:
         )
 
     def _allowed_folder(self, model: str) -> Path | None:
-        """The folder of that name below one of those allowed, links followed."""
+        """The folder of a pipeline of that name below one of those allowed, links followed."""
         for base in (Path.cwd(), *self._folders):
             folder = (base / model).resolve()
             if any(folder.is_relative_to(allowed) for allowed in self._folders) and (folder / INDEX).is_file():
                 return folder
         return None
+
+    def _folder_source(self, folder: Path) -> _Source:
+        """The same for every way of naming an allowed folder, so that it has one place in memory."""
+        operators = next((source for source in self._models.values() if source.folder == folder), None)
+        if operators is not None:
+            return operators
+        allowed = next(allowed for allowed in self._folders if folder.is_relative_to(allowed))
+        name = str(folder.relative_to(allowed))
+        if name in self._models or self._allowed_folder(name) != folder:  # it would mean another one
+            name = str(folder)
+        return _Source(name, str(folder), folder, is_operators=False)
 
     def _folder(self, source: _Source) -> Path:
         """The folder of a model, checked; from the Hub or its cache where it lies there."""
@@ -365,7 +377,9 @@ class Catalog:
             check_folder(source.folder, source.name)
             return source.folder
         with self._downloading:
-            return pull(source.text, token=None if source.is_operators else False, max_bytes=self.max_bytes)
+            if source.is_operators:
+                return pull(source.text)
+            return pull(source.text, token=False, max_bytes=min(self.max_bytes, _free_bytes()))
 
     def _skeleton(self, source: _Source, folder: Path) -> DiffusionPipeline:
         """The pipeline in a folder with networks that have shapes and no weights."""
@@ -379,10 +393,15 @@ class Catalog:
             )
         networks = {}
         for name, entry in index.items():
-            if isinstance(entry, list) and len(entry) == 2 and entry[0] in LIBRARIES:
-                network = _without_weights(folder / name, *entry)
+            if isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str):
+                # The first pipelines of diffusers, such as google/ddpm-cifar10-32, have theirs beside the index.
+                part = folder / name if (folder / name).is_dir() else folder
+                network = _without_weights(part, *entry)
                 networks |= {} if network is None else {name: network}
-        return load_pipeline(folder, **self._options, **networks)
+        pipe = load_pipeline(folder, **self._options, **networks)
+        if isinstance(index.get("id2label"), dict):  # `DiTPipeline` reads it and does not keep it
+            pipe.register_to_config(id2label=index["id2label"])
+        return pipe
 
     def _load(self, folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
         # Asked for another dtype, diffusers would make it the default of torch meanwhile, also for those who draw.
@@ -423,6 +442,13 @@ def model_cards() -> Path:
     return here / "model_cards" if (here / "model_cards").is_dir() else here.parent / "model_cards"
 
 
+def _free_bytes() -> int:
+    """What downloads may take of the disk that the cache of the Hub lies on."""
+    cache = Path(constants.HF_HUB_CACHE)
+    there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    return max(0, shutil.disk_usage(there).free - FREE_BYTES)
+
+
 def _number(name: str, default: int) -> int:
     text = os.environ.get(f"{ENVIRONMENT}{name}") or str(default)
     if not re.fullmatch("[0-9]{1,18}", text) or int(text) < 1:
@@ -438,7 +464,7 @@ def _flag(name: str, default: bool) -> bool:
 
 
 @contextmanager
-def _for_visitors(source: _Source, folder: Path | None = None) -> Iterator[None]:
+def _for_visitors(source: _Source) -> Iterator[None]:
     """Turns every error into a `SettingsError` that names no folder of this machine and no token."""
     try:
         yield
@@ -446,9 +472,7 @@ def _for_visitors(source: _Source, folder: Path | None = None) -> Iterator[None]
         raise
     except Exception as error:
         logger.warning("%s could not be loaded.", show(source.name), exc_info=True)
-        reason = redact(" ".join(str(error).split()))
-        for place in (folder, source.folder, constants.HF_HUB_CACHE, Path.home()):
-            reason = reason if place is None else reason.replace(str(place), "...")
+        reason = PATH.sub("(a path)", redact(" ".join(str(error).split())))
         raise SettingsError(
             f"`model` {show(source.name)} cannot be used: {reason[:500] or type(error).__name__}"
         ) from error
@@ -456,7 +480,9 @@ def _for_visitors(source: _Source, folder: Path | None = None) -> Iterator[None]
 
 def _without_weights(folder: Path, library: str, class_name: str) -> torch.nn.Module | None:
     """The network whose config is in a folder, on the meta device; None for what is no network."""
-    network_class = getattr(importlib.import_module(library), class_name, None)
+    # Some parts of pipelines of diffusers, such as safety checkers, are at home in the folder of the pipeline.
+    home = importlib.import_module(library) if library in LIBRARIES else getattr(diffusers.pipelines, library, None)
+    network_class = getattr(home, class_name, None)
     if not isinstance(network_class, type) or not issubclass(network_class, (ModelMixin, PreTrainedModel)):
         return None
     with accelerate.init_empty_weights():
@@ -466,9 +492,12 @@ def _without_weights(folder: Path, library: str, class_name: str) -> torch.nn.Mo
 
 
 def _cast(network: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Casts as loading in that dtype does, which leaves in float32 what the class says is to stay so."""
+    """Casts what loading in that dtype casts: all that is saved, without what the class wants to stay in float32."""
     kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
-    for name, values in itertools.chain(network.named_parameters(), network.named_buffers()):
+    if isinstance(network, PreTrainedModel):
+        kept = kept if dtype == torch.float16 else set()
+        kept |= set(network._keep_in_fp32_modules_strict or ())
+    for name, values in network.state_dict(keep_vars=True).items():
         if values.is_floating_point() and not kept & set(name.split(".")):
             values.data = values.data.to(dtype)
 
@@ -486,12 +515,13 @@ def _drawing(pipe: DiffusionPipeline) -> DiffusionPipeline:
         check_scheduler(pipe.scheduler, network.config.get("sigma_data"), task="sample from this network")
         return pipe
     parameters = inspect.signature(pipe.__call__).parameters
+    needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
     components = {name for name, component in pipe.components.items() if component is not None}
-    if TEXT_TO_IMAGE <= set(parameters) and not OTHER_KINDS & set(parameters):
-        if isinstance(pipe.components.get("scheduler"), SchedulerMixin):
+    if "scheduler" in components and components & {"unet", "transformer"}:
+        if TEXT_TO_IMAGE <= set(parameters) and not OTHER_KINDS & set(parameters) and needed <= {"prompt"}:
             return pipe
-    elif "prompt" not in parameters and components <= {"unet", "transformer", "vae", "scheduler"}:
-        return _drawing(ClassConditionalPipeline.from_pipe(pipe))
+        if "prompt" not in parameters and components <= {"unet", "transformer", "vae", "scheduler"}:
+            return _drawing(ClassConditionalPipeline.from_pipe(pipe))
     raise SettingsError(
         f"{type(pipe).__name__} draws no images of a class or a text alone. This demo takes the pipelines of "
         "diffusers_ext, and of diffusers the unconditional ones (DDPMPipeline, DDIMPipeline, PNDMPipeline), "
@@ -503,7 +533,7 @@ def _describe(source: _Source, loaded: DiffusionPipeline, device: str) -> Descri
     """What can be said of a pipeline by its configs."""
     pipe = _drawing(loaded)
     network = pipe.components.get("unet") or pipe.components.get("transformer")
-    vae = pipe.components.get("vae")
+    vae = pipe.components.get("vae") or pipe.components.get("vqvae")
     is_ours = isinstance(pipe, (ClassConditionalPipeline, ClassifierGuidedPipeline))
     height, width = _image_size(pipe, network)
     schedulers = _schedulers(pipe, is_ours)
@@ -526,9 +556,7 @@ def _describe(source: _Source, loaded: DiffusionPipeline, device: str) -> Descri
         guidance=_guidance(pipe, network, schedulers),
         schedulers=tuple(schedulers),
         default_scheduler=DEFAULT_SCHEDULER if DEFAULT_SCHEDULER in schedulers else type(pipe.scheduler).__name__,
-        eta_schedulers=tuple(
-            name for name in schedulers if takes_eta_too and takes_eta(getattr(diffusers, name))
-        ),
+        eta_schedulers=tuple(name for name in schedulers if takes_eta_too and takes_eta(getattr(diffusers, name))),
         dtypes=("float32", "bfloat16") + (("float16",) if device.startswith("cuda") else ()),
         scheduler_options={name: options for name, options in schedulers.items() if options},
     )
@@ -578,8 +606,10 @@ def _labels(pipe: DiffusionPipeline) -> tuple[str, ...]:
     if ids is None:
         return ()
     known = {int(class_id): label for class_id, label in (pipe.config.get("id2label") or {}).items()}
-    names = {class_id: list(dict.fromkeys([*(part.strip() for part in label.split(",")), label]))
-             for class_id, label in known.items()}
+    names = {
+        class_id: list(dict.fromkeys([*(part.strip() for part in label.split(",")), label]))
+        for class_id, label in known.items()
+    }
     count = Counter(name for of_class in names.values() for name in of_class)
     return tuple(
         next((name for name in names.get(class_id, ()) if name and count[name] == 1), str(class_id))

@@ -15,15 +15,18 @@ from observation import Observation, Stopped
 from pictures import sweep_picture
 from PIL.Image import Image
 from plan import class_ids, generators, initial_noise, plan, wanted_labels
-from settings import MAX_WORK, Comparison, SettingsError
+from settings import MAX_WORK, Comparison, SettingsError, shown
 
 import diffusers
+
+from diffusers_ext.hub.safety import redact
 
 
 MAX_CELLS = 36  # of a sweep
 STATUSES = ("waiting", "loading", "drawing", "done", "stopped", "failed")
 PAUSE = 1 / 6  # seconds between two looks at a comparison, at least
 MAX_ERROR = 600  # characters
+_PATH = re.compile(r"(?:file://|(?<![\w:/.]))(?:/[\w.@+~-]+){2,}/?")  # no address, and no me/model
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +173,8 @@ class _Run:
                 stop=self.stop,
                 changed=self.changed,
             )
+            if self.stop():
+                raise Stopped
             self.drawing = True
             self._show(status="drawing")
             self._observation = observation
@@ -265,12 +270,10 @@ def _slot(device: torch.device, stop: Callable[[], bool]) -> Iterator[None]:
 
 
 def message(error: Exception) -> str:
-    """What a visitor reads of an error: no paths of this machine, and not too long."""
+    """What a visitor reads of an error: no folders of this machine, no tokens, and not too much."""
     if isinstance(error, SettingsError):
         return str(error)
-    text = re.sub(
-        r"(?<![\w:/.])(?:/[\w.@+~-]+){2,}/?", lambda path: path[0].rstrip("/").rpartition("/")[2], str(error)
-    )
+    text = _PATH.sub(lambda path: path[0].rstrip("/").rpartition("/")[2], redact(str(error)))
     text = f"{type(error).__name__}: {text}"
     return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 3] + "..."
 
@@ -299,9 +302,9 @@ def sweep(
         SettingsError: for what does not fit the model or is too much. Raised by the first `next`.
         Stopped: when `stop` said so.
     """
-    if not 0 <= index < len(comparison.columns):
+    if type(index) is not int or not 0 <= index < len(comparison.columns):
         raise SettingsError(
-            f"`column` is {index}; it must be one of the {len(comparison.columns)} columns, from 0 on."
+            f"`column` is {shown(index)}; it must be one of the {len(comparison.columns)} columns, from 0 on."
         )
     cells = _cells(comparison, index, guidance_scales, steps)
     total, done = sum(cell.columns[0].num_inference_steps for row in cells for cell in row), 0

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,8 +16,9 @@ import gradio as gr
 import takeaway
 from catalog import Catalog
 from comparison import ColumnState, compare, sweep
+from observation import Stopped
 from pictures import difference
-from plan import plan
+from plan import complete
 from rendering import png_uri
 from settings import LETTERS, PRESETS, Comparison, SettingsError, from_link, to_link
 
@@ -165,6 +166,14 @@ class Endpoints:
         with self.runs.running(session, name) as run:
             yield from self.swept(comparison.to_json(), index, list(scales), list(steps), run)
 
+    def checked(self, comparison: Comparison) -> Comparison:
+        """The comparison with everything that its models fill in.
+
+        Raises:
+            SettingsError: for what a model cannot do.
+        """
+        return complete(comparison, [self.catalog.describe(column.model) for column in comparison.columns])
+
     def archive(self, comparison: Comparison, states: Sequence[ColumnState], folder: Path) -> Path:
         """A zip of what was drawn, in a folder of its own below `folder`."""
         descriptions = []
@@ -196,10 +205,7 @@ class Endpoints:
         def check(settings: dict) -> dict:
             """Settings with everything that was left out, or an error that says what cannot be drawn and why."""
             with mendable():
-                comparison = Comparison.from_json(settings)
-                for index, column in enumerate(comparison.columns):
-                    plan(comparison, index, self.catalog.describe(column.model))
-                return comparison.to_json()
+                return self.checked(Comparison.from_json(settings)).to_json()
 
         def draw(settings: dict, run: str = "", request: gr.Request = None) -> dict:
             """Draws all columns; `run` is a name for /stop. Images are PNG data URIs."""
@@ -232,11 +238,10 @@ class Endpoints:
             with mendable():
                 comparison = Comparison.from_json(settings)
                 index = chosen_column(comparison, column)
-                picture = None
-                for _, picture in self.pictures(
-                    comparison, index, guidance_scales, num_inference_steps, request.session_hash, run_name(run)
-                ):
-                    pass
+                picture, cells = None, (guidance_scales, num_inference_steps)
+                with suppress(Stopped):
+                    for _, picture in self.pictures(comparison, index, *cells, request.session_hash, run_name(run)):
+                        pass
                 return {
                     "image": picture and png_uri(picture),
                     "guidance_scales": guidance_scales,

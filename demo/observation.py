@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from judge import Judge
 from PIL.Image import Image
 from torch import nn
 
@@ -114,12 +115,13 @@ class Observation:
         class_ids: Sequence[int] | None = None,
         size: tuple[int, int] = (0, 0),
         latent: bool = False,
-        judge=None,
+        judge: Judge | None = None,
         stop: Callable[[], bool] = lambda: False,
         changed: Callable[[], None] = lambda: None,
         previews: bool = True,
     ):
-        self.pipe, self.num_images, self.guidance = pipe, num_images, guidance
+        self.pipe, self._image_processor, self.num_images = pipe, getattr(pipe, "image_processor", None), num_images
+        self.guidance = guidance
         self.class_ids = None if class_ids is None else torch.tensor(class_ids)
         self.size, self.latent = size, latent
         self.judge = judge if self.class_ids is not None and not latent else None
@@ -134,6 +136,7 @@ class Observation:
         self._rows = {"network": 0, "classifier": 0}
         self._started: float | None = None
         self._watching = self._seconds = 0.0
+        self._level: Callable[[float, int], tuple[float, float]] | None = None  # None: nothing is looked at
         self._clean: torch.Tensor | None = None
         self._preview: tuple[int, list[Image]] = (0, [])
         self.lock = threading.Lock()
@@ -171,9 +174,9 @@ class Observation:
         self._started = time.perf_counter()
 
     def end(self) -> None:
-        """The run has ended, well or not."""
-        if self._started is not None:
-            self._seconds, self._started = self.seconds, None
+        """The run has ended, well or not. Nothing here holds the networks from now on."""
+        self._seconds, self._started = self.seconds, None
+        self.pipe = self._classifier = None
 
     def images(self) -> list[Image]:
         """The latest predicted clean images; none before the first step."""
@@ -202,15 +205,21 @@ class Observation:
             given = signature.bind(scheduler, *args, **kwargs).arguments
             self._watched(self._before_step, scheduler, given["model_output"], given["timestep"], given["sample"])
             result = base.step(scheduler, *args, **kwargs)
-            self._watched(self._after_step)
+            self._count(self._watched(self._develop))
             return result
 
         scheduler.__class__ = type(base.__name__, (base,), {"step": step, "__module__": base.__module__})
 
-    def _watched(self, look: Callable, *args) -> None:
+    def _watched(self, look: Callable, *args) -> list[Image] | None:
+        """Looks, and takes the time of that. A pipeline in which nothing is found where it should be draws unseen."""
         begin = time.perf_counter()
-        look(*args)
-        self._watching += time.perf_counter() - begin
+        try:
+            return look(*args)
+        except Exception:
+            logger.warning("%s draws on unseen", type(self.pipe).__name__, exc_info=True)
+            self._level = None
+        finally:
+            self._watching += time.perf_counter() - begin
 
     def _check_stop(self) -> None:
         if self.stop():
@@ -252,14 +261,21 @@ class Observation:
         # Pure noise (alpha 0) and a predicted eps leave the clean image open.
         clean = clean_image(kind, sample, prediction, alpha, sigma, sigma_data).nan_to_num(0, 0, 0)
         abar = clip_abar(alpha**2 / (alpha**2 + sigma**2), self._table)
-        done = self.step + 1
+        norm, probabilities = None, {}
         if self.guidance not in ("none", "embedded"):
             gain = prediction_gain(kind, alpha, sigma, sigma_data)
-            self.guidance_norm.append(self._norm(prediction, gain, abar).tolist())
-            self.norm_steps.append(done)
+            norm = self._norm(prediction, gain, abar).nan_to_num(0, 0, 0).tolist()
         if self.class_ids is not None and self.step in self._points:
-            self._read(sample / math.hypot(alpha, sigma), abar, clean)
+            probabilities = self._read(sample / math.hypot(alpha, sigma), abar, clean)
         self._next_clean = clean
+        with self.lock:
+            if norm is not None:
+                self.guidance_norm.append(norm)
+                self.norm_steps.append(self.step + 1)
+            for reader, wanted in probabilities.items():
+                self.probability.setdefault(reader, []).append(wanted)
+            if probabilities:
+                self.probability_steps.append(self.step + 1)
 
     def _prepare(self, scheduler: SchedulerMixin) -> None:
         self.num_steps = getattr(self.pipe, "num_timesteps", len(scheduler.timesteps))
@@ -267,14 +283,7 @@ class Observation:
             set(np.linspace(0, self.num_steps - 1, min(most, self.num_steps)).round().astype(int).tolist())
             for most in (MAX_FRAMES, MAX_POINTS)
         )
-        self._level = None
-        if not self.previews:
-            return
-        try:
-            self._level = noise_level_rule(scheduler)
-        except ValueError:
-            logger.warning("%s has no previews: its noise level is not known", type(scheduler).__name__)
-            return
+        self._level = noise_level_rule(scheduler) if self.previews else None
         schedule = self.pipe.config.get("classifier_schedule")
         if schedule is not None:
             scheduler = DDPMScheduler(**schedule)
@@ -296,46 +305,38 @@ class Observation:
         conditional = batches[0 if isinstance(self.pipe, PipelineMixin) else -1][:, :channels]
         return rms((prediction - conditional) / gain)
 
-    def _read(self, noisy: torch.Tensor, abar: float, clean: torch.Tensor) -> None:
-        """Asks classifier and judge for the wanted classes, of noisy images as the classifier knows them."""
-        rows = torch.arange(len(self.class_ids))
+    def _read(self, noisy: torch.Tensor, abar: float, clean: torch.Tensor) -> dict[str, list[float]]:
+        """Probability of the wanted class of each image: the classifier reads noisy images as it knows them, the judge
+        clean ones."""
+        found = {}
         if self._classifier is not None:
             logits = self._logits
             if logits is None:  # this step was not guided
                 timestep = torch.full((), timestep_of_abar(abar, self._table), device=noisy.device)
                 output = self._classifier(noisy.to(self._classifier.dtype), timestep)
                 logits = getattr(output, "logits", output)
-            wanted = logits.float().softmax(dim=1).cpu()[rows, self.class_ids]
-            self.probability.setdefault("classifier", []).append(wanted.tolist())
+            found["classifier"] = logits.float().softmax(dim=1).cpu()
         if self.judge is not None:
-            wanted = self.judge.probabilities(clean)[rows, self.class_ids]
-            self.probability.setdefault("judge", []).append(wanted.tolist())
-        if self.probability:
-            self.probability_steps.append(self.step + 1)
+            found["judge"] = self.judge.probabilities(clean)
+        rows = torch.arange(len(self.class_ids))
+        return {kind: values[rows, self.class_ids].nan_to_num(0).tolist() for kind, values in found.items()}
 
-    def _after_step(self) -> None:
+    def _develop(self) -> list[Image] | None:
+        """A frame of the film strip, in those steps that have one."""
+        return self._pictures(self._next_clean) if self._level is not None and self.step in self._film else None
+
+    def _count(self, frame: list[Image] | None) -> None:
+        """One step is done."""
         self._outputs, self._logits, self._gradient = [], None, None
-        if self._level is None:
+        with self.lock:
             self.step += 1
-        else:
-            pictures = self._frame(self._next_clean) if self.step in self._film else None
-            with self.lock:
-                self.step += 1
-                if not self.latent:
-                    self._clean = self._next_clean
-                if pictures is not None:
-                    self._preview = self.step, pictures
-                    self.frames.append(pictures)
-                    self.frame_steps.append(self.step)
+            if self._level is not None and not self.latent:
+                self._clean = self._next_clean
+            if frame is not None:
+                self._preview = self.step, frame
+                self.frames.append(frame)
+                self.frame_steps.append(self.step)
         self.changed()
-
-    def _frame(self, clean: torch.Tensor) -> list[Image] | None:
-        try:
-            return self._pictures(clean)
-        except Exception:  # a pipeline whose latents are decoded in a way of its own draws without previews
-            logger.warning("%s has no previews", type(self.pipe).__name__, exc_info=True)
-            self._film = set()
-            return None
 
     def _pictures(self, clean: torch.Tensor) -> list[Image]:
         pipe = self.pipe
@@ -348,7 +349,7 @@ class Observation:
                 config = pipe.vae.config
                 clean = clean / config.scaling_factor + (config.get("shift_factor") or 0.0)
                 clean = pipe.vae.decode(clean.to(pipe.vae.dtype), return_dict=False)[0]
-        return pipe.image_processor.postprocess(clean.float(), output_type="pil")
+        return self._image_processor.postprocess(clean.float(), output_type="pil")
 
 
 def watched(network: nn.Module, before: Callable, after: Callable) -> nn.Module:

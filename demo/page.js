@@ -21,14 +21,21 @@
       if (!navigator.clipboard) return done("Copy by hand");
       navigator.clipboard.writeText(text).then(() => done("Copied"), () => done("Copy by hand"));
     },
+    // Shows a step of the run in all columns, and at the end the images themselves.
     scrub(film, share) {
-      for (const column of film.querySelectorAll(".film-column")) {
-        const frames = [...column.querySelectorAll(".frame")];
+      for (const strip of film.querySelectorAll(".film-column")) {
+        const frames = [...strip.querySelectorAll(".frame")];
         const shown = Math.round(share * (frames.length - 1));
+        const last = shown === frames.length - 1;
         frames.forEach((frame, index) => frame.setAttribute("aria-pressed", String(index === shown)));
+        strip.querySelector("output").textContent = frames[shown].dataset.step;
         const sources = frames[shown].querySelectorAll("img");
-        column.querySelectorAll(".large img").forEach((image, index) => (image.src = sources[index].src));
-        column.querySelector("output").textContent = frames[shown].dataset.step;
+        const result = document.querySelector(`#pictures-${strip.dataset.column} .result`);
+        result.classList.toggle("past", !last);
+        result.querySelectorAll(".cell img").forEach((image, index) => {
+          image.dataset.final ??= image.src;
+          image.src = last ? image.dataset.final : sources[index].src;
+        });
       }
     },
   };
@@ -53,6 +60,9 @@
       const scrubber = document.querySelector("#scrubber");
       scrubber.value = frames > 1 ? Math.round((frame.dataset.frame / (frames - 1)) * scrubber.max) : scrubber.max;
       scrubber.dispatchEvent(new Event("input", { bubbles: true }));
+    }
+    if (target.closest("#draw, .preset")) {
+      document.querySelectorAll(".result").forEach((result) => (result.dataset.status = "waiting"));
     }
     const copy = target.closest(".copy");
     if (copy) page.copy(copy.closest(".code").querySelector("code").textContent, copy);

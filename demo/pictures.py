@@ -12,6 +12,7 @@ MAX_MARGIN = 4  # pixels that are added to the smaller of two images; 28 pixels 
 PAPER, INK, FAINT = "#ffffff", "#1c1f26", "#667085"
 BRIGHTER, DARKER = (255, 150, 50), (80, 170, 255)  # told apart with any colour vision
 GAP = 4  # pixels between images of one cell
+MAX_TABLE = 2400  # pixels, about, of a table of large images
 
 
 def enlarge(image: Image.Image, side: int = 320) -> Image.Image:
@@ -80,7 +81,8 @@ def sweep_picture(
         side: about the size of an image; those of many are smaller.
     """
     side = min(side, max(32, 160 // math.ceil(math.sqrt(len(rows[0][0])))))
-    cells = [[contact_sheet(images, side) for images in row] for row in rows]
+    most = max(64, MAX_TABLE // (len(steps) * math.ceil(math.sqrt(len(rows[0][0])))))
+    cells = [[contact_sheet([_shrink(image, most) for image in images], side) for images in row] for row in rows]
     width, height = cells[0][0].size
     font, small = ImageFont.load_default(16), ImageFont.load_default(13)
     captions = [f"{scale:g}" for scale in guidance_scales]
@@ -101,6 +103,15 @@ def sweep_picture(
         for j, cell in enumerate(row):
             table.paste(cell, (left + j * (width + space), y))
     return table
+
+
+def _shrink(image: Image.Image, side: int) -> Image.Image:
+    """The image, or where it is larger than `side` pixels a smaller one."""
+    if max(image.size) <= side:
+        return image
+    image = image.copy()
+    image.thumbnail((side, side))
+    return image
 
 
 def _common(first: Image.Image, second: Image.Image) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from catalog import Description
-from settings import LETTERS, Column, Comparison, SettingsError, shown
+from settings import LETTERS, MAX_ENLARGEMENT, MAX_WORK, Column, Comparison, SettingsError, shown
 
 import diffusers
 
@@ -53,7 +53,7 @@ def plan(comparison: Comparison, index: int, description: Description) -> Plan:
         scheduler = _scheduler(column, description)
         _check_precision(column, description)
         call = {**_wanted(comparison, column, description), "num_inference_steps": column.num_inference_steps}
-        call |= _size(comparison, description)
+        call |= _size(comparison, column, description)
         guidance, guider = _guidance(column, scheduler, call, description)
         call |= guidance | _eta(column, scheduler, description)
         _check_known(call, description)
@@ -179,7 +179,7 @@ def _class_id(label: str, names: ClassNames, description: Description) -> int:
     )
 
 
-def _size(comparison: Comparison, description: Description) -> dict[str, int]:
+def _size(comparison: Comparison, column: Column, description: Description) -> dict[str, int]:
     size = comparison.height, comparison.width
     if size == (None, None) or (not description.resizable and size == (description.height, description.width)):
         return {}
@@ -187,6 +187,19 @@ def _size(comparison: Comparison, description: Description) -> dict[str, int]:
         raise SettingsError(
             f"`height` and `width` are {size[0]} and {size[1]}, but {description.name} draws {description.height} x "
             f"{description.width} pixels only. Leave them empty."
+        )
+    own = description.height, description.width
+    if any(side > MAX_ENLARGEMENT * own_side for side, own_side in zip(size, own, strict=True)):
+        raise SettingsError(
+            f"`height` and `width` are {size[0]} and {size[1]}, but {description.name} draws {own[0]} x {own[1]} "
+            f"pixels by itself. Ask for at most {MAX_ENLARGEMENT} times as many per side."
+        )
+    work = comparison.num_images * column.num_inference_steps * size[0] * size[1] / (own[0] * own[1])
+    if work > MAX_WORK:
+        raise SettingsError(
+            f"{comparison.num_images} images of {size[0]} x {size[1]} pixels in {column.num_inference_steps} steps "
+            f"are the work of {work:.0f} image steps of the model's own size; at most {MAX_WORK} are drawn at once. "
+            "Choose a smaller size, fewer images or fewer steps."
         )
     return {"height": size[0], "width": size[1]}
 

@@ -18,6 +18,7 @@ from settings import LETTERS
 
 MAX_PREVIEW = 384  # pixels: larger previews travel smaller
 MAX_FRAME = 128  # pixels, of the film strip
+MAX_LARGE = 768  # pixels, where images are looked at closely
 
 
 def png_uri(image: Image.Image) -> str:
@@ -40,25 +41,21 @@ def _uri(image: Image.Image, kind: str) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def column(letter: str, state: ColumnState) -> str:
-    """Progress, status line and images of a column, at any time of its run."""
+def column(letter: str, state: ColumnState, noise: Sequence[Image.Image] = ()) -> str:
+    """Progress, status line and images of a column, at any time of its run; until there are any, its noise."""
     return (
         f'<section class="result {state.status}" data-status="{state.status}" aria-label="Column {letter}">'
-        f"{_progress(letter, state)}{_error(state)}{_grid(letter, state)}</section>"
+        f"{_progress(letter, state)}{_error(state)}{_grid(letter, state, noise)}</section>"
     )
 
 
 def waiting(letter: str, noise: Sequence[Image.Image], labels: Sequence[str | None]) -> str:
     """A column before its first run: the noise that its images will start from."""
-    cells = "".join(
-        _cell(image, f"Column {letter}, image {i + 1}: noise, from which {_wanted(label)} will form", label or "", "")
-        for i, (image, label) in enumerate(zip(noise, labels))
-    )
-    grid = f'<div class="grid" {_per_row(len(noise))}>{cells}</div>' if noise else ""
     hint = "Every column starts from this noise." if noise else "Nothing drawn yet."
     return (
         f'<section class="result ready" data-status="waiting" aria-label="Column {letter}">'
-        f'<p class="status"><span class="line">{hint}</span></p>{grid}</section>'
+        f'<p class="status"><span class="line">{hint}</span></p><div class="bar"></div>'
+        f"{_noise(letter, noise, labels)}</section>"
     )
 
 
@@ -79,11 +76,13 @@ def status_line(state: ColumnState) -> str:
     """Such as "20/20 steps · 40 evaluations · 1.2 s · 3.3 images/s"."""
     if state.status in ("waiting", "loading"):
         return {"waiting": "waiting for its turn", "loading": "loading the model"}[state.status]
+    if not state.num_steps:
+        return {"drawing": "starting"}.get(state.status, state.status)
     parts = [f"{state.step}/{state.num_steps} steps"]
     if state.network_evaluations:
         parts.append(f"{state.network_evaluations} evaluations")
     if state.classifier_evaluations:
-        parts.append(f"{state.classifier_evaluations} of the classifier")
+        parts[-1] += f" + {state.classifier_evaluations} of the classifier"
     parts.append(f"{state.seconds:.1f} s")
     if state.images_per_second:
         parts.append(f"{state.images_per_second:.2g} images/s")
@@ -108,7 +107,7 @@ def announcement(states: Sequence[ColumnState], queued: bool = False) -> str:
 
 
 def film(states: Sequence[ColumnState]) -> str:
-    """A scrubber over the steps of all columns, each with its images at that step and all steps as a strip."""
+    """A scrubber over the steps of all columns, and all steps as strips; the browser shows a step in the columns."""
     shown = [(letter, state) for letter, state in zip(LETTERS, states) if state.frames]
     if not shown:
         return nothing("Draw something, then go through its steps here.")
@@ -117,16 +116,12 @@ def film(states: Sequence[ColumnState]) -> str:
     return (
         '<div class="film"><label class="scrubber"><span>Step by step</span>'
         f'<input type="range" id="scrubber" min="0" max="{last}" value="{last}" step="1" aria-label="Step of the run" '
-        f'aria-valuetext="the end"></label><div class="film-columns" id="scrubbed">{columns}</div></div>'
+        f'aria-valuetext="the end"></label><div class="film-columns">{columns}</div></div>'
     )
 
 
 def _film_column(letter: str, state: ColumnState) -> str:
     last = len(state.frames) - 1
-    large = "".join(
-        f'<img class="crisp" src="{picture_uri(image, MAX_FRAME)}" alt="Column {letter}, image {i + 1} at this step">'
-        for i, image in enumerate(state.frames[last])
-    )
     strip = "".join(
         f'<button type="button" class="frame" data-frame="{k}" data-step="{step}" '
         f'aria-label="Column {letter}, step {step}" aria-pressed="{"true" if k == last else "false"}">'
@@ -135,10 +130,9 @@ def _film_column(letter: str, state: ColumnState) -> str:
         for k, (step, frame) in enumerate(zip(state.frame_steps, state.frames))
     )
     return (
-        f'<section class="film-column" data-column="{letter}" aria-label="Steps of column {letter}">'
+        f'<section class="film-column" data-column="{letter.lower()}" aria-label="Steps of column {letter}">'
         f'<p class="status">{chip(letter)}<span class="line">step <output>{state.frame_steps[last]}</output> of '
-        f'{state.num_steps}</span></p><div class="grid large" {_per_row(len(state.frames[last]))}>{large}</div>'
-        f'<div class="strip">{strip}</div></section>'
+        f'{state.num_steps}</span></p><div class="strip">{strip}</div></section>'
     )
 
 
@@ -149,29 +143,35 @@ def divided(first: str, second: str, states: dict[str, ColumnState], index: int 
         images = states[letter].images
         chosen = images if index is None else images[index : index + 1]
         cells = "".join(
-            f'<img class="crisp" src="{picture_uri(image, 1024)}" alt="Column {letter}, image {(index or 0) + i + 1}">'
+            f'<img class="crisp" src="{picture_uri(image, MAX_LARGE)}" alt="Column {letter}, image '
+            f'{(index or 0) + i + 1}">'
             for i, image in enumerate(chosen)
         )
         grids.append(f'<div class="grid" {_per_row(len(chosen))}>{cells}</div>')
     return (
-        f'<div class="divided" style="--split: 50%" data-one="{"no" if index is None else "yes"}">'
+        f'<section aria-label="{first} over {second}"><p class="status"><span class="line">{chip(first)} on the left, '
+        f"{chip(second)} on the right of the line</span></p>"
+        f'<div class="divided" style="--split: 50%">'
         f'<div class="under">{grids[1]}</div><div class="over">{grids[0]}</div>'
-        f'<span class="tag left">{chip(first)}</span><span class="tag right">{chip(second)}</span>'
         f'<span class="line" aria-hidden="true"></span>'
         f'<input type="range" id="slider" min="0" max="100" value="50" step="1" '
-        f'aria-label="Divide between {first} and {second}"></div>'
+        f'aria-label="Divide between {first} and {second}"></div></section>'
     )
 
 
-def difference(first: str, second: str, picture: Image.Image, rms: Sequence[float]) -> str:
-    """Picture of a difference, with the root mean square per image."""
-    values = ", ".join(f"{value:.3f}" for value in rms)
-    mean = sum(rms) / len(rms)
+def differences(first: str, second: str, pictures: Sequence[tuple[Image.Image, float]]) -> str:
+    """Pictures of differences, with the root mean square of each."""
+    cells = "".join(
+        f'<figure class="cell"><img class="crisp" src="{picture_uri(picture, MAX_LARGE)}" alt="Difference between the '
+        f'columns {first} and {second}, image {i + 1}"><figcaption><span>{rms:.3f}</span></figcaption></figure>'
+        for i, (picture, rms) in enumerate(pictures)
+    )
+    mean = sum(rms for _, rms in pictures) / len(pictures)
     return (
-        f'<figure class="difference"><img class="crisp" src="{picture_uri(picture, 1024)}" '
-        f'alt="Difference between the images of columns {first} and {second}"><figcaption>{chip(first)} − '
-        f"{chip(second)} root mean square {mean:.3f}<small>per image {values}; 1 is from black to white</small>"
-        "</figcaption></figure>"
+        f'<section aria-label="Difference between {first} and {second}"><p class="status"><span class="line">'
+        f'{chip(second)} is <i class="brighter">brighter</i> or <i class="darker">darker</i> than {chip(first)}</span>'
+        f'<span class="score" title="1 is the difference of black and white">root mean square {mean:.3f}</span></p>'
+        f'<div class="grid" {_per_row(len(pictures))}>{cells}</div></section>'
     )
 
 
@@ -246,6 +246,11 @@ def _coloured(text: str) -> str:
 
 def _chart(name: str, title: str, note: str, lines: dict[str, list[tuple[float, float]]], top: float | None) -> str:
     """Lines over the share of the run from 0 to 1, as SVG; `top` of the axis, or None for that of the values."""
+    # A probability matters at the end; what guidance moves is zero there, so its peak says more.
+    says = {
+        letter: f"{points[-1][1]:.2f} at the end" if top else f"up to {max(value for _, value in points):.2f}"
+        for letter, points in lines.items()
+    }
     top = top or _round_up(max(value for points in lines.values() for _, value in points))
     left, right, upper, lower = 44, 424, 10, 190
 
@@ -267,12 +272,12 @@ def _chart(name: str, title: str, note: str, lines: dict[str, list[tuple[float, 
         f'<circle class="{letter}" cx="{at(*points[-1]).split(",")[0]}" cy="{at(*points[-1]).split(",")[1]}" r="3"/>'
         for letter, points in lines.items()
     )
-    ends = ", ".join(f"{letter} ends at {points[-1][1]:.2f}" for letter, points in lines.items())
-    legend = "".join(chip(letter) + f"<span>{points[-1][1]:.2f}</span>" for letter, points in lines.items())
+    legend = "".join(f"{chip(letter)}<span>{text}</span>" for letter, text in says.items())
+    spoken = ", ".join(f"{letter} {text}" for letter, text in says.items())
     return (
         f'<figure class="chart" id="{name}"><figcaption><b>{title}</b><small>{note}</small>'
         f'<span class="legend">{legend}</span></figcaption>'
-        f'<svg viewBox="0 0 440 216" role="img" aria-label="{title}: {ends}">{ticks}{axis}{paths}</svg></figure>'
+        f'<svg viewBox="0 0 440 216" role="img" aria-label="{title}: {spoken}">{ticks}{axis}{paths}</svg></figure>'
     )
 
 
@@ -312,9 +317,17 @@ def _error(state: ColumnState) -> str:
     return f'<p class="error" role="alert">{escape(state.error)}</p>' if state.error else ""
 
 
-def _grid(letter: str, state: ColumnState) -> str:
+def _noise(letter: str, noise: Sequence[Image.Image], labels: Sequence[str | None]) -> str:
+    cells = "".join(
+        _cell(image, f"Column {letter}, image {i + 1}: noise that becomes {label or 'an image'}", label or "", "")
+        for i, (image, label) in enumerate(zip(noise, labels))
+    )
+    return f'<div class="grid noise" {_per_row(len(noise))}>{cells}</div>' if noise else ""
+
+
+def _grid(letter: str, state: ColumnState, noise: Sequence[Image.Image]) -> str:
     if not state.images:
-        return "" if state.error else '<div class="grid empty" aria-hidden="true"></div>'
+        return "" if state.error else _noise(letter, noise, state.labels or [None] * len(noise))
     verdicts = state.verdicts or [None] * len(state.images)
     labels = list(state.labels) or [None] * len(state.images)
     cells = []
@@ -338,7 +351,7 @@ def _badge(label: str | None, verdict: tuple[str, float] | None) -> str:
         return f'<span class="badge read" {title}>{escape(name)} {share}</span>'
     if label == name:
         return f'<span class="badge right" {title}>✓ {share}</span>'
-    return f'<span class="badge wrong" {title}>✗ reads {escape(name)}</span>'
+    return f'<span class="badge wrong" {title}>✗ <span class="word">reads</span> {escape(name)}</span>'
 
 
 def _cell(image: Image.Image, alt: str, label: str, badge: str) -> str:
@@ -348,10 +361,6 @@ def _cell(image: Image.Image, alt: str, label: str, badge: str) -> str:
         f'<figure class="cell"><img class="{crisp.strip()}" src="{picture_uri(image)}" alt="{escape(alt)}">'
         f"{caption}</figure>"
     )
-
-
-def _wanted(label: str | None) -> str:
-    return "an image" if label is None else label
 
 
 def _per_row(count: int) -> str:

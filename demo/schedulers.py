@@ -2,12 +2,13 @@
 
 A network was trained to see a certain noise at every timestep, and to predict one quantity. A scheduler works with it
 if it shows the network that noise at that timestep, all along a run, and takes that quantity. Otherwise images come
-out blurred or grainy, without any error: `UnCLIPScheduler` has one noise schedule only, whatever it is configured from.
+out blurred or grainy, without any error: `DDPMWuerstchenScheduler` has its own noise, whatever it is configured from.
 """
 
 import bisect
 import functools
 import inspect
+import json
 import math
 from collections.abc import Mapping
 from operator import itemgetter
@@ -23,11 +24,12 @@ from diffusers_ext.guidance import check_scheduler, noise_level_rule, prediction
 from diffusers_ext.sampling import check_channels, prepare_sample, prepare_timesteps, step_rule, takes_variance
 
 
-TRIALS = (1, 2, 20)  # steps
+TRIALS = (2, 20)  # steps
 PATH_STEPS = 500  # of the run that tells which noise belongs to which timestep
 TOLERANCE = 0.01  # of the range of timesteps; those that work stay below 0.001, the others come above 0.1
 
-# Options that let a class follow what the model was trained on, where it has them and the model's scheduler has not.
+# Options without which a class does not follow what the model was trained on, draws no image a second time, or fails
+# with few steps. A model's own scheduler may have set them.
 NEUTRAL_OPTIONS = {
     "snr_shift_scale": 1.0,  # of CogVideoX, whose default is another noise schedule
     "skip_prk_steps": True,  # of PNDM, whose warm-up needs four steps and calls the network four times in each
@@ -54,22 +56,19 @@ def working_schedulers(
         pipe: with its own scheduler. Of its networks the configs are read, nothing else.
         candidates: schedulers by class name.
     """
-    own = pipe.scheduler
     components = pipe.components
     name = "transformer" if components.get("unet") is None else "unet"
-    path = _run(own, min(PATH_STEPS, own.config.get("num_train_timesteps", PATH_STEPS)))
+    own_config = pipe.scheduler.to_json_string()
     working = {}
     for class_name, scheduler_class in candidates.items():
         try:
-            options = _options(own, scheduler_class, draws_latents=hasattr(pipe, "vae") and pipe.vae is not None)
-            scheduler = scheduler_class.from_config(own.config, **options)
+            options = _options(pipe.scheduler, scheduler_class, draws_latents=components.get("vae") is not None)
+            scheduler = _tried(type(pipe.scheduler), own_config, scheduler_class, json.dumps(options))
             check_scheduler(scheduler, components[name].config.get("sigma_data"))
             check_channels(name, components[name], scheduler)
-            fits = prediction_type(scheduler) == prediction_type(own)
-            if fits and all(_deviation(_run(scheduler, steps), path) <= TOLERANCE for steps in TRIALS):
-                working[class_name] = options
         except Exception:  # of any kind: a run of the model would meet it too
             continue
+        working[class_name] = options
     return working
 
 
@@ -85,11 +84,37 @@ def _options(own: SchedulerMixin, wanted: type[SchedulerMixin], draws_latents: b
         ValueError: where one follows a diffusion process and the other a flow.
     """
     known = inspect.signature(wanted.__init__).parameters
-    options = {name: value for name, value in NEUTRAL_OPTIONS.items() if name in known and name not in own.config}
+    options = {name: value for name, value in NEUTRAL_OPTIONS.items() if name in known and not own.config.get(name)}
     if own.config.get("clip_sample") and not draws_latents and "thresholding" in known and "clip_sample" not in known:
         # A threshold that may not exceed the range is clipping, without which the background stays grainy.
         options |= {"thresholding": True, "sample_max_value": own.config.get("clip_sample_range", 1.0)}
     return options | path_options(own, wanted, wanted.__name__)
+
+
+@functools.lru_cache(maxsize=512)
+def _tried(
+    own_class: type[SchedulerMixin], own_config: str, wanted: type[SchedulerMixin], options: str
+) -> SchedulerMixin:
+    """A scheduler that follows the path of another. Config and options are JSON.
+
+    Raises:
+        ValueError: where it does not; and what else schedulers raise.
+    """
+    scheduler = wanted.from_config(json.loads(own_config), **json.loads(options))
+    own = own_class.from_config(json.loads(own_config))
+    if prediction_type(scheduler) != prediction_type(own):
+        raise ValueError(f"{wanted.__name__} takes another prediction than {own_class.__name__}.")
+    path = _path(own_class, own_config)
+    for steps in TRIALS:
+        if _deviation(_run(scheduler, steps), path) > TOLERANCE:
+            raise ValueError(f"{wanted.__name__} shows the network other noise than {own_class.__name__}.")
+    return scheduler
+
+
+@functools.lru_cache(maxsize=64)
+def _path(scheduler_class: type[SchedulerMixin], config: str) -> list[Point]:
+    scheduler = scheduler_class.from_config(json.loads(config))
+    return _trial(scheduler, min(PATH_STEPS, scheduler.config.get("num_train_timesteps", PATH_STEPS)))[0]
 
 
 def _run(scheduler: SchedulerMixin, num_inference_steps: int) -> list[Point]:

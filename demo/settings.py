@@ -24,7 +24,7 @@ MAX_LABELS = MAX_IMAGES  # further ones would stand on no image
 MAX_SIZE = 1024  # pixels
 SIZE_UNIT = 8  # pixels
 MAX_LINK = 6000  # characters of the query; browsers and proxies bear this much
-MAX_WORK = int(os.environ.get("DIFFUSERS_EXT_DEMO_MAX_WORK", MAX_IMAGES * MAX_COLUMNS * MAX_STEPS))  # images x steps
+MAX_ENLARGEMENT = 4  # times the model's own size, per side
 
 LETTERS = "ABCD"  # names of the columns
 DTYPES = ("float32", "bfloat16", "float16")
@@ -41,6 +41,21 @@ GUIDANCE = {
 # Invisible, and yet part of what is written: ends of lines, tabs, joiners in Persian, Hindi and emoji.
 _WRITTEN = "\n\t\u200c\u200d"
 _SHOWN = 40  # characters of a refused value in a message
+
+
+def max_work() -> int:
+    """Most images times steps of a comparison, which the operator may set.
+
+    Raises:
+        ValueError: when the environment holds something else than a number of at least 1.
+    """
+    text = os.environ.get("DIFFUSERS_EXT_DEMO_MAX_WORK", "") or str(MAX_IMAGES * MAX_COLUMNS * MAX_STEPS)
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ValueError(f"DIFFUSERS_EXT_DEMO_MAX_WORK is {text!r}; it must be a whole number of at least 1.")
+    return int(text)
+
+
+MAX_WORK = max_work()
 
 
 class SettingsError(ValueError):
@@ -181,7 +196,7 @@ class Comparison:
         data = _known_keys("settings", data, cls)
         columns = data.get("columns")
         if isinstance(columns, list) and len(columns) <= MAX_COLUMNS:
-            columns = tuple(_column(column) for column in columns)
+            columns = tuple(_column(letter, column) for letter, column in zip(LETTERS, columns, strict=False))
         labels = data.get("class_labels", [])
         return cls(**{**data, "columns": columns, "class_labels": _tuple(labels, MAX_LABELS)})
 
@@ -211,7 +226,7 @@ def from_link(text: str) -> Comparison:
         raise SettingsError(f"This link is {shown(text)}; links of this page have at most {MAX_LINK} characters.")
     value = text.strip()
     if "?" in value or value.startswith("s="):
-        parameters = value.rpartition("?")[2].partition("#")[0].split("&")
+        parameters = (value.partition("?")[2] or value).partition("#")[0].split("&")
         value = next((parameter[2:] for parameter in parameters if parameter.startswith("s=")), "")
     if not re.fullmatch(r"[A-Za-z0-9_-]+={0,2}", value):
         raise SettingsError("This is no link of this page: it holds no settings, or was cut or changed on its way.")
@@ -227,11 +242,14 @@ def _without_defaults(settings: Column | Comparison) -> dict:
     return {name: value for name, (value, default) in values.items() if value != default}
 
 
-def _column(data: object) -> Column:
-    data = _known_keys("a column", data, Column)
-    if "guidance_interval" in data:
-        data = {**data, "guidance_interval": _tuple(data["guidance_interval"], 2)}
-    return Column(**data)
+def _column(letter: str, data: object) -> Column:
+    try:
+        data = _known_keys("a column", data, Column)
+        if "guidance_interval" in data:
+            data = {**data, "guidance_interval": _tuple(data["guidance_interval"], 2)}
+        return Column(**data)
+    except SettingsError as error:
+        raise SettingsError(f"Column {letter}: {error}") from error
 
 
 def _known_keys(what: str, data: object, cls: type) -> dict:

@@ -4,9 +4,9 @@ import json
 import platform
 import re
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Sequence
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import diffusers
 import diffusers_ext
 
 
-WIDTH = 88  # characters of a line of code, as far as its words allow
+WIDTH = 80  # characters of a line of code, as far as its words allow
 
 # What is recorded of a drawn column, besides its images.
 RESULTS = (
@@ -65,7 +65,7 @@ def code(comparison: Comparison, index: int, description: Description, device: s
         lines += [""]
     if on_cpu:
         lines += ["torch.set_num_threads(1)  # on several, sums have other last bits"]
-    lines += [f"pipe = DiffusionPipeline.from_pretrained({_loading(column, description)})"]
+    lines += _call("pipe = DiffusionPipeline.from_pretrained", _loading(column, description))
     if description.wrapped:
         lines += [f"pipe = {description.pipeline}.from_pipe(pipe)  # takes every scheduler, and guidance"]
     if not on_cpu:
@@ -81,8 +81,10 @@ def code(comparison: Comparison, index: int, description: Description, device: s
     lines += _noise(comparison, description)
     lines += ["images = pipe("]
     for name, value in way.call.items():
-        comment = f"  # {_names(comparison, description)}" if name == "class_labels" else ""
-        lines += [f"    {name}={_literal(value)},{comment}"]
+        if name == "class_labels":
+            names = _names(comparison, description)
+            lines += textwrap.wrap(names, WIDTH, initial_indent="    # ", subsequent_indent="    # ")
+        lines += [f"    {name}={_literal(value)},"]
     if noise_crop(comparison, description) is not None:
         lines += ["    sample=noise,"]
     lines += ["    generator=generators,", ").images"]
@@ -106,7 +108,7 @@ def archive(
         folder: made where it is missing.
         device: where the demo draws.
     """
-    columns, entries, contents = [], [], {}
+    settings, entries, contents = comparison.to_json(), [], {}
     for i, (column, state, description) in enumerate(zip(comparison.columns, states, descriptions, strict=True)):
         letter, files = LETTERS[i], []
         for j, image in enumerate(state.images):
@@ -117,15 +119,13 @@ def archive(
         if description is not None:
             entry |= {"source": description.source, "pipeline": description.pipeline}
             try:
-                column = replace(column, scheduler=plan(comparison, i, description).scheduler)
+                settings["columns"][i]["scheduler"] = plan(comparison, i, description).scheduler
                 contents[f"{letter}.py"] = code(comparison, i, description, device)
             except SettingsError:
                 pass  # the column has failed, and its `error` says why
-        columns.append(column)
         entries.append(entry | {name: getattr(state, name) for name in RESULTS})
-    comparison = replace(comparison, columns=tuple(columns))
     record = {
-        "settings": comparison.to_json(),
+        "settings": settings,
         "link": to_link(comparison),
         "device": device,
         "versions": {
@@ -153,11 +153,13 @@ def archive(
     return part.replace(part.with_suffix(".zip"))
 
 
-def _loading(column: Column, description: Description) -> str:
-    options = "" if column.dtype == "float32" else f", dtype=torch.{column.dtype}"
+def _loading(column: Column, description: Description) -> list[str]:
+    arguments = [_literal(description.source)]
+    if column.dtype != "float32":
+        arguments.append(f"dtype=torch.{column.dtype}")
     if not description.source.startswith("model_cards/"):
-        options += ", use_safetensors=True"
-    return f"{_literal(description.source)}{options}"
+        arguments.append("use_safetensors=True")
+    return arguments
 
 
 def _noise(comparison: Comparison, description: Description) -> list[str]:
@@ -167,9 +169,9 @@ def _noise(comparison: Comparison, description: Description) -> list[str]:
     height, width, rows, columns = crop
     shape = f"1, {description.channels}, {height}, {width}"
     return [
-        f"# The middle of the noise of {height} x {width} pixels, so that larger models start from the same.",
-        f"noise = torch.cat([torch.randn({shape}, generator=generator) for generator in generators])",
-        f"noise = noise[:, :, {rows.start}:{rows.stop}, {columns.start}:{columns.stop}]",
+        f"# The middle of noise of {height} x {width} pixels, from which larger models start.",
+        f"noise = [torch.randn({shape}, generator=generator) for generator in generators]",
+        f"noise = torch.cat(noise)[:, :, {rows.start}:{rows.stop}, {columns.start}:{columns.stop}]",
     ]
 
 

@@ -34,8 +34,8 @@ def settings_of(client: int, variant: int) -> dict:
 
 
 def pictures(answer: dict) -> list[list[str]]:
-    """Every column's images as data URIs; a column that failed tells its error instead."""
-    return [column["error"] or column["images"] for column in answer["columns"]]
+    """Every column's images as data URIs, and what was wanted; a column that failed tells its error instead."""
+    return [column["error"] or [column["images"], column["labels"]] for column in answer["columns"]]
 
 
 @dataclass

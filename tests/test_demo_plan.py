@@ -95,7 +95,7 @@ CALLS = {
         {"class_labels": [2, 2], "guidance_scale": 6.0, "guidance_mode": "mean"},
     ),
     "classes and prompts pass by": (UNCONDITIONAL, Column(), {"class_labels": ("cat",), "prompt": "a cat"}, {}),
-    "own size asked for": (UNCONDITIONAL, Column(), {"height": 28, "width": 28}, {}),
+    "own size asked for": (FREE, Column(), {"height": 32, "width": 32}, {"guidance_scale": 1.0}),
     "text": (
         TEXT,
         Column(guidance="classifier-free", guidance_scale=7.5),
@@ -146,6 +146,18 @@ MISFITS = {
     "negative id": (FREE, Column(), {"class_labels": ("-1",)}, "`class_labels` holds '-1'"),
     "unicode digit": (FREE, Column(), {"class_labels": ("\uff13",)}, "`class_labels` holds '.uff13'"),
     "size": (FREE, Column(), {"height": 64, "width": 64}, "64 and 64.*32 x 32 pixels only"),
+    "much larger than the model's own": (
+        replace(FREE, resizable=True),
+        Column(),
+        {"height": 32, "width": 136},
+        "32 and 136.*32 x 32 pixels by itself.*4 times",
+    ),
+    "large, and many": (
+        replace(FREE, resizable=True),
+        Column(num_inference_steps=250),
+        {"height": 128, "width": 128},
+        "4 images of 128 x 128.*16000 image steps.*at most 12000",
+    ),
     "interval": (
         TEXT,
         Column(guidance="classifier-free", guidance_interval=(0.0, 0.5)),

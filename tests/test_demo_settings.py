@@ -222,7 +222,7 @@ def test_json_and_links_restore_everything(comparison):
     assert Comparison.from_json(data) == comparison
     link = to_link(comparison)
     assert len(link) <= MAX_LINK and set(link[1:]) <= set(string.ascii_letters + string.digits + "-_=")
-    for text in (link, link.removeprefix("?s="), f"https://me-space.hf.space/{link}", f"/?a=1&{link[1:]}&b=2#top"):
+    for text in (link, link.removeprefix("?s="), f"https://me-space.hf.space/{link}", f"/?a=1&{link[1:]}&b=2#top?"):
         assert from_link(text) == comparison
 
 
@@ -261,12 +261,22 @@ def test_total_work_is_bounded(monkeypatch):
         Comparison.from_json(largest.to_json())
 
 
+@pytest.mark.parametrize("text", ["many", "0", "-5", "1e3", "\uff11"])
+def test_operators_are_told_of_a_limit_that_is_no_number(text, monkeypatch):
+    monkeypatch.setenv("DIFFUSERS_EXT_DEMO_MAX_WORK", "500")
+    assert settings.max_work() == 500
+    monkeypatch.setenv("DIFFUSERS_EXT_DEMO_MAX_WORK", text)
+    with pytest.raises(ValueError, match="DIFFUSERS_EXT_DEMO_MAX_WORK.*at least 1"):
+        settings.max_work()
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [
         (settings_with(num_images=13), ["`num_images`", "13", "1 to 12"]),
         (a_column(num_inference_steps=1000), ["`num_inference_steps`", "1000", "1 to 250"]),
-        (a_column(guidance="cfg"), ["`guidance`", "'cfg'", "classifier-free"]),
+        ({"columns": [{}, {"eta": 2}]}, ["Column B:", "`eta`", "2", "0 to 1"]),
+        (a_column(guidance="cfg"), ["Column A:", "`guidance`", "'cfg'", "classifier-free"]),
         (a_column(scheduler="DDIM Scheduler"), ["`scheduler`", "'DDIM Scheduler'", "DDIMScheduler"]),
         (settings_with(seeds=1), ["'seeds'", "seed"]),
         (settings_with(prompt="a\u202eb"), ["`prompt`", "U+202E"]),

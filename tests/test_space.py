@@ -95,8 +95,9 @@ def test_readme_names_what_there_is(root, readme):
     linked = [path for path in re.findall(r"\]\(([^)#:]+)\)", readme) if not (root / "demo" / path).exists()]
     assert linked == []
     code = "".join(path.read_text() for path in (root / "demo").glob("*.py"))
-    documented = set(re.findall(r"`(DIFFUSERS_EXT_DEMO_\w+)`", readme))
-    assert documented and documented == set(re.findall(r"DIFFUSERS_EXT_DEMO_[A-Z_]*[A-Z]", code))
+    documented = set(re.findall(r"`DIFFUSERS_EXT_DEMO_(\w+)`", readme))
+    read = re.findall(r'(?:_number\(["]|_flag\(["]|ENVIRONMENT\}|DIFFUSERS_EXT_DEMO_)([A-Z_]*[A-Z])', code)
+    assert documented and documented == set(read)
 
 
 # What a Space holds
