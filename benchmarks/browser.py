@@ -148,7 +148,7 @@ class Visitor:
     def __init__(self, page: "Page", url: str):
         self.page = page
         page.goto(url)
-        page.get_by_role("button", name="Draw", exact=True).wait_for()
+        page.locator("body[data-ready]").wait_for()
 
     def click(self, button: str) -> None:
         """Clicks the button of this name."""

@@ -6,13 +6,19 @@
 import io
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 from browser import APP, Visitor, chromium, missing, running_demo
 from PIL import Image
 
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+
 MAX_BYTES = 300_000  # of one picture: a clone of the repository carries them all
+GAP = 40  # pixels between the two screens of the phone
 VIEWS = {
     "light": {"viewport": {"width": 1440, "height": 900}, "color_scheme": "light"},
     "dark": {"viewport": {"width": 1440, "height": 900}, "color_scheme": "dark"},
@@ -20,9 +26,13 @@ VIEWS = {
 }
 
 
-def save_small(png: bytes, path: Path) -> None:
+def screen(page: "Page") -> Image.Image:
+    """What the window shows now."""
+    return Image.open(io.BytesIO(page.screenshot(animations="disabled"))).convert("RGB")
+
+
+def save_small(image: Image.Image, path: Path) -> None:
     """Writes a PNG within `MAX_BYTES`: with all its colours where they fit, else with 256."""
-    image = Image.open(io.BytesIO(png)).convert("RGB")
     for candidate in (image, image.quantize(256, dither=Image.Dither.NONE)):
         candidate.save(path, optimize=True)
         if path.stat().st_size <= MAX_BYTES:
@@ -47,10 +57,17 @@ def main(output: Path = APP.parent / "screenshots", preset: str = "Guidance off 
             visitor.start(preset)
             if name == "light":
                 visitor.wait_for_pictures()
-                save_small(page.screenshot(), output / "drawing.png")
+                save_small(screen(page), output / "drawing.png")
             visitor.wait_until_settled()
             page.mouse.move(0, 0)
-            save_small(page.screenshot(animations="disabled"), output / f"{name}.png")
+            picture = screen(page)
+            if name == "phone":  # beside the top of the page, what a thumb finds below
+                page.locator("#column-b").evaluate("column => column.scrollIntoView()")
+                top, below = picture, screen(page)
+                picture = Image.new("RGB", (top.width + GAP + below.width, top.height), "white")
+                picture.paste(top)
+                picture.paste(below, (top.width + GAP, 0))
+            save_small(picture, output / f"{name}.png")
             page.close()
     for path in sorted(output.glob("*.png")):
         print(f"{path} {path.stat().st_size // 1000} kB")

@@ -4,8 +4,8 @@
 """
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import randrange
@@ -21,9 +21,8 @@ import torch
 import tyro
 from catalog import Catalog, Description
 from comparison import ColumnState
-from endpoints import Endpoints, chosen_column
+from endpoints import KEPT, Endpoints, chosen_column
 from judge import load_judge
-from observation import Stopped
 from pictures import difference
 from PIL import Image
 from plan import generators, initial_noise, wanted_labels
@@ -34,10 +33,7 @@ from settings import (
     MAX_PROMPT,
     MAX_SCALE,
     MAX_SEED,
-    MAX_SIZE,
-    MAX_STEPS,
     PRESETS,
-    SIZE_UNIT,
     Column,
     Comparison,
     SettingsError,
@@ -49,7 +45,6 @@ from settings import (
 FOLDER = Path(__file__).parent
 CONCURRENCY = max(2, os.cpu_count() or 1)  # comparisons at once; their columns share the processor's cores
 MAX_WAITING = 64  # calls in the queue; later ones are told that it is full
-KEPT = 3600  # seconds for which zips and sweeps can be downloaded
 SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 MONO_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace")
 
@@ -146,7 +141,10 @@ class Page:
         self.catalog = catalog
         self.endpoints = Endpoints(catalog, judge, CONCURRENCY)
         self.first = next(iter(PRESETS.values()))
-        self.zips = Path(tempfile.mkdtemp(prefix="diffusers-ext-zip-"))
+        self.known = {}
+        for name in catalog.names:
+            with suppress(SettingsError):  # its column says why, when it draws
+                self.known[name] = catalog.describe(name)
         with gr.Blocks(
             title="diffusers_ext: guidance side by side",
             analytics_enabled=False,
@@ -172,7 +170,7 @@ class Page:
             )
             with gr.Row(elem_id="presets"):
                 self.presets = [gr.Button(name, size="sm", elem_classes="preset") for name in PRESETS]
-                self.theme = gr.Button("◐", size="sm", elem_id="theme", min_width=0)
+            self.theme = gr.Button("◐", size="sm", elem_id="theme", min_width=0)
         with gr.Column(elem_id="shared"):
             with gr.Row(elem_id="bar", elem_classes="card"):
                 self.shared = {
@@ -185,18 +183,12 @@ class Page:
                     ),
                     "images": gr.Number(
                         label="Images",
-                        precision=0,
-                        minimum=1,
-                        maximum=MAX_IMAGES,
                         elem_id="images",
                         elem_classes="short",
                         **shared["images"],
                     ),
                     "seed": gr.Number(
                         label="Seed",
-                        precision=0,
-                        minimum=0,
-                        maximum=MAX_SEED,
                         elem_id="seed",
                         elem_classes="short",
                         **shared["seed"],
@@ -219,12 +211,7 @@ class Page:
                 ):
                     for name in ("height", "width"):
                         self.shared[name] = gr.Number(
-                            label=f"{name.capitalize()} in pixels",
-                            placeholder="own",
-                            precision=0,
-                            minimum=SIZE_UNIT,
-                            maximum=MAX_SIZE,
-                            step=SIZE_UNIT,
+                            label=f"{name.capitalize()}, 0 for its own",
                             elem_id=name,
                             elem_classes="size",
                             min_width=60,
@@ -234,15 +221,17 @@ class Page:
                 self.stop = gr.Button(
                     "Stop", variant="secondary", elem_id="stop", size="md", min_width=0, interactive=False
                 )
-            with gr.Row(visible=shared["prompt"].pop("visible"), elem_id="texts", elem_classes="card") as self.texts:
+            with gr.Row(
+                visible=shared["prompt"].pop("visible"), elem_id="texts", elem_classes=["card", "fields"]
+            ) as self.texts:
                 for name, label in (("prompt", "Prompt"), ("negative_prompt", "Negative prompt")):
                     self.shared[name] = gr.Textbox(
-                        label=label, max_length=MAX_PROMPT, lines=1, elem_id=name, **shared[name]
+                        label=label, max_length=MAX_PROMPT, lines=1, elem_id=name, elem_classes="wide", **shared[name]
                     )
         self.live = gr.HTML("", elem_id="live")
         with gr.Row(elem_id="columns", equal_height=False):
             self.panels = [self._panel(index, columns[index]) for index in range(MAX_COLUMNS)]
-        with gr.Tabs(elem_id="closer"):
+        with gr.Tabs(elem_id="closer", overflow_behavior="wrap"):
             with gr.Tab("Steps", id="steps"):
                 self.film = gr.HTML(rendering.film([]), elem_id="film")
             with gr.Tab("Two columns", id="pair"):
@@ -269,15 +258,14 @@ class Page:
                 scheduler = gr.Dropdown(label="Scheduler", elem_classes="wide", min_width=120, **values["scheduler"])
                 steps = gr.Number(
                     label="Steps",
-                    precision=0,
-                    minimum=1,
-                    maximum=MAX_STEPS,
                     elem_classes="short",
                     min_width=60,
                     **values["steps"],
                 )
             with gr.Row(elem_classes="fields"):
-                guidance = gr.Dropdown(label="Guidance", elem_classes="wide", min_width=120, **values["guidance"])
+                guidance = gr.Dropdown(
+                    label="Guidance", elem_classes=["wide", "guidance"], min_width=120, **values["guidance"]
+                )
                 scale = gr.Slider(
                     0,
                     MAX_SCALE,
@@ -290,12 +278,13 @@ class Page:
                 )
                 with gr.Accordion("More", open=False, elem_classes="more"), gr.Row(elem_classes="fields"):
                     small = {"elem_classes": "short", "min_width": 60}
-                    bounds = {"minimum": 0, "maximum": 1, "step": 0.05}
-                    start = gr.Number(label="From", **bounds, **small, **values["start"])
-                    end = gr.Number(label="To", **bounds, **small, **values["end"])
-                    eta = gr.Number(label="Eta", **bounds, **small, **values["eta"])
+                    start = gr.Number(label="From", step=0.05, **small, **values["start"])
+                    end = gr.Number(label="To", step=0.05, **small, **values["end"])
+                    eta = gr.Number(label="Eta", step=0.05, **small, **values["eta"])
                     dtype = gr.Dropdown(label="Precision", elem_classes="wide", min_width=90, **values["dtype"])
-            pictures = gr.HTML(elem_id=f"pictures-{letter.lower()}", elem_classes="pictures")
+            pictures = gr.HTML(
+                self.started(self.first, index), elem_id=f"pictures-{letter.lower()}", elem_classes="pictures"
+            )
         controls = dict(zip(Panel.names, (model, scheduler, steps, guidance, scale, start, end, eta, dtype)))
         return Panel(controls, pictures, frame)
 
@@ -343,16 +332,13 @@ class Page:
     # What the controls show
 
     def describe(self, model: str) -> Description | None:
-        """The description of a model, or None where it cannot be had: the column itself says why when it draws."""
-        try:
-            return self.catalog.describe(model)
-        except SettingsError:
-            return None
+        """The description of a model that was looked up before; others may have to be fetched."""
+        return self.known.get(model)
 
     def control_values(self, comparison: Comparison) -> tuple[dict[str, dict], list[dict[str, dict]]]:
         """Value, choices and visibility of every control: those that are shared, and those of each column."""
         columns = list(comparison.columns)
-        columns += [columns[-1]] * (MAX_COLUMNS - len(columns))
+        columns += self.spare_columns(columns)
         descriptions = {name: self.describe(name) for name in {column.model for column in columns}}
         per_column = [self.column_values(column, descriptions[column.model]) for column in columns]
         shared = {
@@ -368,6 +354,15 @@ class Page:
             shared[name] |= update
         shared["classes"]["choices"] = list(dict.fromkeys([*shared["classes"]["choices"], *comparison.class_labels]))
         return shared, per_column
+
+    def spare_columns(self, columns: Sequence[Column]) -> list[Column]:
+        """What further columns begin with: models that no column has yet, guided as they can be."""
+        spare = []
+        for name, description in self.known.items():
+            if name not in {column.model for column in columns}:
+                kind = similar_guidance("classifier", description)
+                spare.append(Column(model=name, guidance=kind, guidance_scale=description.guidance[kind]))
+        return [*spare, *[columns[-1]] * MAX_COLUMNS][: MAX_COLUMNS - len(columns)]
 
     def shared_values(self, models: Sequence[str]) -> dict[str, dict[str, Any]]:
         """What the models in use make of the shared controls: the classes, texts, sizes."""
@@ -432,20 +427,21 @@ class Page:
 
     def start_pictures(self, comparison: Comparison) -> dict:
         """Updates that show the noise from which every column will start."""
-        updates = {}
-        for index, panel in enumerate(self.panels):
-            column = comparison.columns[min(index, len(comparison.columns) - 1)]
-            noise = self.noise_of(comparison, column.model)
-            try:
-                labels = wanted_labels(comparison, self.catalog.describe(column.model)) if noise else []
-            except SettingsError:
-                labels = [None] * len(noise)
-            updates[panel.pictures] = rendering.waiting(LETTERS[index], noise, labels)
-        return updates
+        return {panel.pictures: self.started(comparison, index) for index, panel in enumerate(self.panels)}
+
+    def started(self, comparison: Comparison, index: int) -> str:
+        """A column before it is drawn: the noise from which it will start."""
+        column = comparison.columns[min(index, len(comparison.columns) - 1)]
+        noise = self.noise_of(comparison, column.model)
+        try:
+            labels = wanted_labels(comparison, self.describe(column.model)) if noise else []
+        except SettingsError:
+            labels = [None] * len(noise)
+        return rendering.waiting(LETTERS[index], noise, labels)
 
     def noise_of(self, comparison: Comparison, model: str) -> list[Image.Image]:
         """The noise from which a model starts; of models that may have to be fetched first, none."""
-        description = self.describe(model) if model in self.catalog.names else None
+        description = self.describe(model)
         return noise_pictures(comparison, description) if description else []
 
     # What happens
@@ -453,6 +449,8 @@ class Page:
     def _events(self) -> None:
         private = {"api_visibility": "private"}
         quick = {"queue": False, "show_progress": "hidden"} | private
+        # `read` checks what controls send. Gradio would refuse choices that its copy of the page does not know yet.
+        raw = {"preprocess": False}
         controls = [self.count, *(self.shared[name] for name in self.shared_names)]
         controls += [control for panel in self.panels for control in panel.controls.values()]
         frames = [panel.frame for panel in self.panels]
@@ -461,13 +459,15 @@ class Page:
         busy = [self.draw, self.stop, self.draw_sweep, *self.presets]
         results = [self.film, self.curves, self.divided, self.difference, self.image, self.link, self.zip, self.code]
 
-        self.demo.load(self.on_load, None, [*whole, *pictures, self.live, self.lock], **quick)
+        loaded = self.demo.load(self.on_load, None, [*whole, *pictures, self.live, self.lock], **quick)
+        loaded.then(None, None, None, js="() => window.demoPage.ready()", **private)
         self.theme.click(None, None, None, js="() => window.demoPage.toggleTheme()", **private)
         self.dice.click(lambda: randrange(MAX_SEED), None, self.shared["seed"], **quick)
         self.count.input(
             self.on_count,
             [self.count, *controls],
             [*frames, self.left, self.right, self.sweep_column, self.shared["classes"], self.texts, self.sizes],
+            **raw,
             **quick,
         )
         for index, panel in enumerate(self.panels):
@@ -476,17 +476,23 @@ class Page:
                 self.model_changed(index),
                 controls,
                 [*values, self.shared["classes"], self.texts, self.sizes, panel.pictures],
-                show_progress="hidden",
+                **raw,
+                show_progress="minimal",
+                show_progress_on=panel.pictures,
                 **private,
             )
             panel.controls["guidance"].input(
-                self.on_guidance, values, [panel.controls[name] for name in ("scale", "start", "end")], **quick
+                self.on_guidance, values, [panel.controls[name] for name in ("scale", "start", "end")], **raw, **quick
             )
-            panel.controls["scheduler"].input(self.on_scheduler, values, panel.controls["eta"], **quick)
+            panel.controls["scheduler"].input(self.on_scheduler, values, panel.controls["eta"], **raw, **quick)
 
         starts = [
             self.draw.click(
-                self.on_begin, [self.shared["seed"], self.lock], [self.shared["seed"], self.live, *busy], **quick
+                self.on_begin,
+                [self.shared["seed"], self.lock],
+                [self.shared["seed"], self.live, *busy],
+                **raw,
+                **quick,
             )
         ]
         for button, preset in zip(self.presets, PRESETS.values()):
@@ -494,17 +500,21 @@ class Page:
                 button.click(self.preset_chosen(preset), None, [*whole, self.lock, self.live, *busy], **quick)
             )
         for started in starts:
+            started.failure(lambda: self.busy(False), None, busy, **quick)
             drawn = started.then(
                 self.on_draw,
                 controls,
                 [*pictures, self.live, self.drawn],
+                **raw,
                 show_progress="hidden",
                 concurrency_id="draw",
                 concurrency_limit=CONCURRENCY,
                 **private,
             )
-            finished = drawn.then(self.on_finish, [self.drawn, self.left, self.right], [*results, *busy], **quick)
-            finished.then(None, self.link, None, js="(link) => window.demoPage.remember(link)", **private)
+            drawn.failure(lambda: self.busy(False), None, busy, **quick)
+            finished = drawn.success(self.on_finish, [self.drawn, self.left, self.right], [*results, *busy], **quick)
+            finished.failure(lambda: self.busy(False), None, busy, **quick)
+            finished.success(None, self.link, None, js="(link) => window.demoPage.remember(link)", **private)
         self.stop.click(self.on_stop, None, self.live, **quick)
         gr.on(
             [self.left.input, self.right.input, self.image.input],
@@ -514,15 +524,18 @@ class Page:
             **quick,
         )
         started = self.draw_sweep.click(lambda: self.busy(True), None, busy, **quick)
-        started.then(
+        swept = started.then(
             self.on_sweep,
             [self.sweep_column, self.scales, self.sweep_steps, *controls],
             [self.sweep_note, self.sweep_picture],
+            **raw,
             show_progress="hidden",
             concurrency_id="draw",
             concurrency_limit=CONCURRENCY,
             **private,
-        ).then(lambda: self.busy(False), None, busy, **quick)
+        )
+        for ended in (swept.success, swept.failure):
+            ended(lambda: self.busy(False), None, busy, **quick)
         self.copy.click(None, self.link, None, js="(link) => window.demoPage.copyLink(link)", **private)
         self.demo.unload(self.on_unload)
 
@@ -547,9 +560,9 @@ class Page:
             column = dict(zip(Panel.names, rest[index * len(Panel.names) :]))
             columns.append(
                 {
-                    "model": (column["model"] or "").strip(),
+                    "model": column["model"].strip() if isinstance(column["model"], str) else column["model"],
                     "scheduler": column["scheduler"] or None,
-                    "num_inference_steps": column["steps"],
+                    "num_inference_steps": whole(column["steps"]),
                     "guidance": column["guidance"],
                     "guidance_scale": column["scale"],
                     "guidance_interval": [column["start"], column["end"]],
@@ -560,25 +573,26 @@ class Page:
         return Comparison.from_json(
             {
                 "columns": columns,
-                "class_labels": list(shared["classes"] or []),
-                "num_images": shared["images"],
-                "seed": shared["seed"],
+                "class_labels": shared["classes"] or [],
+                "num_images": whole(shared["images"]),
+                "seed": whole(shared["seed"]),
                 "prompt": shared["prompt"] or "",
                 "negative_prompt": shared["negative_prompt"] or "",
-                "height": shared["height"] or None,
-                "width": shared["width"] or None,
+                "height": whole(shared["height"]) or None,
+                "width": whole(shared["width"]) or None,
             }
         )
 
     def on_load(self, request: gr.Request) -> dict:
         """The page as its link says, or the first preset."""
-        comparison, note = self.first, ""
-        if "s" in request.query_params:
-            try:
-                comparison = from_link(f"?{request.url.query}")
-                note = rendering.message("Restored from the link. Press Draw for the same images.")
-            except SettingsError as error:
-                note = rendering.message(f"The link could not be restored: {error}", "warning")
+        if "s" not in request.query_params:  # the page is made that way
+            return {self.live: gr.skip()}
+        try:
+            comparison = from_link(f"?{request.url.query}")
+            note = rendering.message("Restored from the link. Press Draw for the same images.")
+        except SettingsError as error:
+            comparison = self.first
+            note = rendering.message(f"The link could not be restored: {error}", "warning")
         return self.fill(comparison) | self.start_pictures(comparison) | {self.live: note, self.lock: True}
 
     def on_count(self, count: str, *values) -> dict:
@@ -606,14 +620,13 @@ class Page:
             models = [(rest[i * names] or "").strip() for i in range(int(values[0]))]
             now = dict(zip(Panel.names, rest[index * names : (index + 1) * names]))
             try:
-                description = self.catalog.describe(models[index])
+                description = self.known[models[index]] = self.catalog.describe(models[index])
             except SettingsError as error:
                 return {panel.pictures: rendering.refused(LETTERS[index], str(error))}
             keep = now["guidance"] in description.guidance
             guidance = now["guidance"] if keep else similar_guidance(now["guidance"], description)
             column = Column(
                 model=models[index],
-                num_inference_steps=now["steps"],
                 guidance=guidance,
                 guidance_scale=now["scale"] if keep else description.guidance[guidance],
             )
@@ -671,38 +684,36 @@ class Page:
             shown = [rendering.column(*column) for column in zip(LETTERS, states, noise)]
             shown += [gr.skip()] * (MAX_COLUMNS - len(shown))
             yield *shown, rendering.message(rendering.announcement(states)), gr.skip()
-        yield *skip, gr.skip(), Drawn(comparison, states)
+        # Once more what there is to say: the answer to Stop may have come between.
+        yield *skip, rendering.message(rendering.announcement(states)), Drawn(comparison, states)
 
-    def on_finish(self, drawn: Drawn | None, left: str, right: str) -> list:
+    def on_finish(self, request: gr.Request, drawn: Drawn | None, left: str, right: str) -> list:
         """After drawing: everything to look closer at and to take away."""
+        busy = self.busy(self.endpoints.runs.active(request.session_hash, "page"))  # another one may have begun
         if drawn is None:
-            return [*[gr.skip()] * 8, *self.busy(False)]
+            return [*[gr.skip()] * 8, *busy]
         comparison, states = drawn.comparison, drawn.states
         images = [("all images", -1)]
         for i in range(comparison.num_images):
             label = next((state.labels[i] for state in states if i < len(state.labels) and state.labels[i]), None)
             images.append((f"{i + 1}: {label}" if label else str(i + 1), i))
-        folder = Path(tempfile.mkdtemp(dir=self.zips))
         return [
             rendering.film(states),
             rendering.curves(states),
             *self.on_pair(drawn, left, right, -1),
             gr.update(choices=images, value=-1),
             to_link(comparison),
-            gr.update(value=str(self.endpoints.archive(comparison, states, folder)), interactive=True),
-            self.codes(comparison),
-            *self.busy(False),
+            gr.update(value=str(self.endpoints.archive(comparison, states)), interactive=True),
+            self.codes(drawn),
+            *busy,
         ]
 
-    def codes(self, comparison: Comparison) -> str:
-        """The Python of every column."""
-        texts = {}
-        for index, letter in enumerate(LETTERS[: len(comparison.columns)]):
-            try:
-                texts[letter] = self.endpoints.code(comparison, index)
-            except SettingsError as error:
-                texts[letter] = f"# {error}"
-        return rendering.codes(texts)
+    def codes(self, drawn: Drawn) -> str:
+        """The Python of every column that has drawn."""
+        letters = [letter for letter, state in zip(LETTERS, drawn.states) if state.images]
+        return rendering.codes(
+            {letter: self.endpoints.code(drawn.comparison, LETTERS.index(letter)) for letter in letters}
+        )
 
     def on_stop(self, request: gr.Request) -> str:
         """Stops what this page draws."""
@@ -735,15 +746,15 @@ class Page:
             index = chosen_column(comparison, letter)
             scales, steps = numbers("Guidance scales", scales, float), numbers("Numbers of steps", steps, int)
             yield rendering.sweep_progress(0), gr.skip()
-            session = request.session_hash
+            picture, session = None, request.session_hash
             for share, picture in self.endpoints.pictures(comparison, index, scales, steps, session, "sweep"):
                 if picture is None:
                     yield rendering.sweep_progress(share), gr.skip()
                 else:
                     yield "", gr.update(value=picture, visible=True)
-        except Stopped:
-            yield rendering.nothing("Stopped."), gr.skip()
-        except SettingsError as error:
+            if picture is None:
+                yield rendering.nothing("Stopped."), gr.skip()
+        except (SettingsError, gr.Error) as error:
             yield rendering.message(str(error), "warning"), gr.skip()
 
     def on_unload(self, request: gr.Request) -> None:
@@ -773,6 +784,11 @@ def noise_pictures(comparison: Comparison, description: Description) -> list[Ima
         noise = torch.cat([torch.randn(shape, generator=source) for source in sources])
     pixels = ((noise.clamp(-2, 2) / 4 + 0.5) * 255).byte().movedim(1, -1).numpy()
     return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image[..., :3]) for image in pixels]
+
+
+def whole(value: float | None) -> float | int | None:
+    """Numbers of a field without decimals as `int`; anything else as it is, for `Comparison` to refuse."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def numbers(name: str, text: str, kind: type) -> list:

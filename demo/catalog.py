@@ -515,7 +515,7 @@ def _drawing(pipe: DiffusionPipeline) -> DiffusionPipeline:
         check_scheduler(pipe.scheduler, network.config.get("sigma_data"), task="sample from this network")
         return pipe
     parameters = inspect.signature(pipe.__call__).parameters
-    needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    needed = {name for name, x in parameters.items() if x.default is x.empty and x.kind is not x.VAR_KEYWORD}
     components = {name for name, component in pipe.components.items() if component is not None}
     if "scheduler" in components and components & {"unet", "transformer"}:
         if TEXT_TO_IMAGE <= set(parameters) and not OTHER_KINDS & set(parameters) and needed <= {"prompt"}:

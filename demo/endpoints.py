@@ -6,6 +6,7 @@ Also what both share: which runs are under way, so that they can be stopped, and
 import shutil
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,11 +33,15 @@ except ImportError:
         return function
 
 
+KEPT = 3600  # seconds for which what was made can be fetched
+
+
 class Runs:
     """The runs under way. Each is a file, and to stop it is to remove the file: ZeroGPU draws in another process."""
 
     def __init__(self):
-        self.folder = Path(tempfile.mkdtemp(prefix="diffusers-ext-demo-"))
+        self._temporary = tempfile.TemporaryDirectory(prefix="diffusers-ext-runs-")  # removed with the process
+        self.folder = Path(self._temporary.name)
         self._files: dict[tuple[str | None, str], Path] = {}
         self._lock = threading.Lock()
 
@@ -50,6 +55,11 @@ class Runs:
         if older is not None:
             older.unlink(missing_ok=True)
         return path
+
+    def active(self, session: str | None, name: str) -> bool:
+        """Whether a session has a run of this name under way."""
+        with self._lock:
+            return (session, name) in self._files
 
     def stop(self, session: str | None, name: str) -> bool:
         """Stops a run within one step; False where there is none of this name."""
@@ -145,12 +155,16 @@ class Endpoints:
     def __init__(self, catalog: Catalog, judge, concurrency: int):
         self.catalog, self.judge, self.concurrency = catalog, judge, concurrency
         self.runs = Runs()
+        self._zips = tempfile.TemporaryDirectory(prefix="diffusers-ext-zips-")
 
+        # From the process of ZeroGPU no errors arrive but those of Gradio.
         def compared(settings: dict, run: Path) -> Iterator[list[ColumnState]]:
-            yield from compare(Comparison.from_json(settings), catalog, stopped(run), judge)
+            with mendable():
+                yield from compare(Comparison.from_json(settings), catalog, stopped(run), judge)
 
         def swept(settings: dict, index: int, scales: list, steps: list, run: Path) -> Iterator[tuple]:
-            yield from sweep(Comparison.from_json(settings), index, catalog, scales, steps, stopped(run))
+            with mendable(), suppress(Stopped):
+                yield from sweep(Comparison.from_json(settings), index, catalog, scales, steps, stopped(run))
 
         self.compared, self.swept = on_gpu(compared), on_gpu(swept)
 
@@ -162,7 +176,7 @@ class Endpoints:
     def pictures(
         self, comparison: Comparison, index: int, scales: Sequence, steps: Sequence, session: str | None, name: str
     ) -> Iterator[tuple]:
-        """Progress of a sweep, and its picture at the end."""
+        """Progress of a sweep, and its picture at the end, unless it was stopped."""
         with self.runs.running(session, name) as run:
             yield from self.swept(comparison.to_json(), index, list(scales), list(steps), run)
 
@@ -174,15 +188,17 @@ class Endpoints:
         """
         return complete(comparison, [self.catalog.describe(column.model) for column in comparison.columns])
 
-    def archive(self, comparison: Comparison, states: Sequence[ColumnState], folder: Path) -> Path:
-        """A zip of what was drawn, in a folder of its own below `folder`."""
-        descriptions = []
-        for column in comparison.columns:
-            try:
-                descriptions.append(self.catalog.describe(column.model))
-            except SettingsError:  # this column says so itself
-                descriptions.append(None)
-        return takeaway.archive(comparison, states, descriptions, folder)
+    def archive(self, comparison: Comparison, states: Sequence[ColumnState]) -> Path:
+        """A zip of what was drawn; it can be fetched for `KEPT` seconds."""
+        for older in Path(self._zips.name).iterdir():
+            if older.stat().st_mtime < time.time() - KEPT:
+                shutil.rmtree(older, ignore_errors=True)
+        descriptions = [
+            self.catalog.describe(column.model) if state.images else None  # one that failed may not be found again
+            for column, state in zip(comparison.columns, states)
+        ]
+        folder = Path(tempfile.mkdtemp(dir=self._zips.name))
+        return takeaway.archive(comparison, states, descriptions, folder, device=self.catalog.device)
 
     def code(self, comparison: Comparison, index: int) -> str:
         """The Python that draws one column."""
@@ -196,7 +212,11 @@ class Endpoints:
 
         def models() -> list[dict]:
             """What every model is and can do: schedulers, kinds of guidance with a good scale, classes."""
-            return [asdict(self.catalog.describe(name)) for name in self.catalog.names]
+            descriptions = []
+            for name in self.catalog.names:
+                with suppress(SettingsError):  # one that cannot be loaded
+                    descriptions.append(asdict(self.catalog.describe(name)))
+            return descriptions
 
         def presets() -> dict:
             """The settings of every preset, by its name."""
@@ -239,9 +259,8 @@ class Endpoints:
                 comparison = Comparison.from_json(settings)
                 index = chosen_column(comparison, column)
                 picture, cells = None, (guidance_scales, num_inference_steps)
-                with suppress(Stopped):
-                    for _, picture in self.pictures(comparison, index, *cells, request.session_hash, run_name(run)):
-                        pass
+                for _, picture in self.pictures(comparison, index, *cells, request.session_hash, run_name(run)):
+                    pass
                 return {
                     "image": picture and png_uri(picture),
                     "guidance_scales": guidance_scales,
@@ -299,16 +318,11 @@ class Endpoints:
                 comparison = Comparison.from_json(settings)
                 for states in self.states(comparison, request.session_hash, uuid.uuid4().hex):
                     pass
-                folder = Path(tempfile.mkdtemp(dir=self.runs.folder))
-                return str(self.archive(comparison, states, folder))
+                return str(self.archive(comparison, states))
 
         settings = gr.JSON(visible=False, label="settings")
         file = gr.File(visible=False, label="zip")
         gr.on([], download, settings, file, api_name="download", **draws)
-
-    def close(self) -> None:
-        """Removes what the runs have left."""
-        shutil.rmtree(self.runs.folder, ignore_errors=True)
 
 
 def run_name(run: object) -> str:

@@ -1,6 +1,9 @@
 () => {
   // What runs in the browser: the theme, the scrubber, the dividing line, copying, and names for screen readers.
   const page = {
+    ready() {
+      document.body.dataset.ready = "";
+    },
     toggleTheme() {
       const dark = document.body.classList.toggle("dark");
       localStorage.setItem("theme", dark ? "dark" : "light");
@@ -53,6 +56,20 @@
     if (target.matches("#slider")) target.closest(".divided").style.setProperty("--split", `${target.value}%`);
   });
 
+  // A link is restored before anything is drawn, and two clicks in a row draw once.
+  setTimeout(page.ready, 15000); // should the link's answer get lost
+  let clicked = -Infinity;
+  document.addEventListener(
+    "click",
+    (event) => {
+      if (!event.target.closest("#draw, .preset")) return;
+      const restoring = new URLSearchParams(location.search).has("s") && !("ready" in document.body.dataset);
+      if (restoring || event.timeStamp - clicked < 500) return event.stopImmediatePropagation();
+      clicked = event.timeStamp;
+    },
+    true,
+  );
+
   document.addEventListener("click", ({ target }) => {
     const frame = target.closest(".frame");
     if (frame) {
@@ -67,6 +84,12 @@
     const copy = target.closest(".copy");
     if (copy) page.copy(copy.closest(".code").querySelector("code").textContent, copy);
   });
+
+  // The page checks numbers when it draws, and says what is wrong; these bounds are for the arrows of the fields.
+  const bounds = { "#images": [1, 12, 1], "#seed": [0, 2147483647, 1], "#height": [8, 1024, 8], "#width": [8, 1024, 8] };
+  for (const [selector, [min, max, step]] of Object.entries(bounds)) {
+    Object.assign(document.querySelector(`${selector} input`) ?? {}, { min, max, step });
+  }
 
   // Gradio replaces the text inside; the region itself must stay to be announced.
   const names = { "#theme": "Switch between light and dark theme", "#dice": "New seed" };

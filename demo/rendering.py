@@ -247,8 +247,9 @@ def _coloured(text: str) -> str:
 def _chart(name: str, title: str, note: str, lines: dict[str, list[tuple[float, float]]], top: float | None) -> str:
     """Lines over the share of the run from 0 to 1, as SVG; `top` of the axis, or None for that of the values."""
     # A probability matters at the end; what guidance moves is zero there, so its peak says more.
+    word = "at the end" if top else "at most"
     says = {
-        letter: f"{points[-1][1]:.2f} at the end" if top else f"up to {max(value for _, value in points):.2f}"
+        letter: f"{points[-1][1] if top else max(value for _, value in points):.2f}"
         for letter, points in lines.items()
     }
     top = top or _round_up(max(value for points in lines.values() for _, value in points))
@@ -272,12 +273,13 @@ def _chart(name: str, title: str, note: str, lines: dict[str, list[tuple[float, 
         f'<circle class="{letter}" cx="{at(*points[-1]).split(",")[0]}" cy="{at(*points[-1]).split(",")[1]}" r="3"/>'
         for letter, points in lines.items()
     )
-    legend = "".join(f"{chip(letter)}<span>{text}</span>" for letter, text in says.items())
+    legend = f"<span>{word}</span>" + "".join(f"{chip(letter)}<span>{text}</span>" for letter, text in says.items())
     spoken = ", ".join(f"{letter} {text}" for letter, text in says.items())
     return (
         f'<figure class="chart" id="{name}"><figcaption><b>{title}</b><small>{note}</small>'
         f'<span class="legend">{legend}</span></figcaption>'
-        f'<svg viewBox="0 0 440 216" role="img" aria-label="{title}: {spoken}">{ticks}{axis}{paths}</svg></figure>'
+        f'<svg viewBox="0 0 440 216" role="img" aria-label="{title}, {word}: {spoken}">'
+        f"{ticks}{axis}{paths}</svg></figure>"
     )
 
 

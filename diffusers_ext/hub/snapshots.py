@@ -148,8 +148,8 @@ def _checked_snapshot(
 
 
 def _is_of_pipeline(name: str, index: dict[str, Any]) -> bool:
-    """Whether a file belongs to a pipeline or to an adapter for it; checkpoints in one file lie beside many, and diffusers'
-    first pipelines, such as google/ddpm-cifar10-32, have their only network beside the index."""
+    """Whether a file belongs to a pipeline or to an adapter for it. Checkpoints in one file lie beside many; the first
+    pipelines of diffusers, such as google/ddpm-cifar10-32, have their only network beside the index."""
     key = weights_key(name)
     return key is None or key[0] in index or key[:2] in (("", "lora_weights"), ("", "diffusion_pytorch_model"))
 
