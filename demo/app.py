@@ -656,8 +656,9 @@ class Page:
         has_eta = description is not None and now["scheduler"] in description.eta_schedulers
         return gr.update(visible=has_eta) if has_eta else gr.update(visible=False, value=0)
 
-    def on_begin(self, seed: int | None, locked: bool) -> list:
-        """Before drawing: a new seed where it is not locked."""
+    def on_begin(self, request: gr.Request, seed: int | None, locked: bool) -> list:
+        """Before drawing: a new seed where it is not locked. From now on it can be stopped, in the queue as well."""
+        self.endpoints.runs.start(request.session_hash, "page")
         new = gr.skip() if locked else randrange(MAX_SEED)
         return [new, rendering.message("Waiting for a free place."), *self.busy(True)]
 
@@ -665,7 +666,8 @@ class Page:
         """Sets the page to a preset."""
         buttons = [self.draw, self.stop, self.draw_sweep, *self.presets]
 
-        def on_preset() -> dict:
+        def on_preset(request: gr.Request) -> dict:
+            self.endpoints.runs.start(request.session_hash, "page")
             note = rendering.message("Waiting for a free place.")
             return self.fill(preset) | {self.lock: True, self.live: note} | dict(zip(buttons, self.busy(True)))
 
@@ -673,14 +675,18 @@ class Page:
 
     def on_draw(self, request: gr.Request, *values) -> Iterator[tuple]:
         """Draws the columns, and shows them on the way."""
-        skip = [gr.skip()] * MAX_COLUMNS
+        skip, session = [gr.skip()] * MAX_COLUMNS, request.session_hash
+        if not self.endpoints.runs.active(session, "page"):
+            yield *skip, rendering.message("Stopped before it began."), gr.skip()
+            return
         try:
             comparison = self.read(values)
         except SettingsError as error:
+            self.endpoints.runs.stop(session, "page")
             yield *skip, rendering.message(str(error), "warning"), gr.skip()
             return
         noise = [self.noise_of(comparison, column.model) for column in comparison.columns]
-        for states in self.endpoints.states(comparison, request.session_hash, "page"):
+        for states in self.endpoints.states(comparison, session, "page"):
             shown = [rendering.column(*column) for column in zip(LETTERS, states, noise)]
             shown += [gr.skip()] * (MAX_COLUMNS - len(shown))
             yield *shown, rendering.message(rendering.announcement(states)), gr.skip()

@@ -352,9 +352,33 @@ def test_eta_is_shown_where_it_means_something(page):
 
 
 def test_an_unlocked_seed_is_new_at_every_draw(page):
-    assert page.on_begin(3, True)[0] == gr.skip()
-    seeds = {page.on_begin(3, False)[0] for _ in range(8)}
+    assert page.on_begin(visit(""), 3, True)[0] == gr.skip()
+    seeds = {page.on_begin(visit(""), 3, False)[0] for _ in range(8)}
     assert len(seeds) > 1 and all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_what_is_stopped_in_the_queue_is_not_drawn(page):
+    visitor = visit(to_link(Comparison(columns=(Column(num_inference_steps=1),) * 2, num_images=1)).removeprefix("?"))
+    values = control_values(page, page.on_load(visitor))
+    page.on_begin(visitor, 3, True)
+    page.on_stop(visitor)
+    assert [answer[-2] for answer in page.on_draw(visitor, *values)] == [
+        '<p class="note">Stopped before it began.</p>'
+    ]
+    page.on_begin(visitor, 3, True)
+    *_, last = page.on_draw(visitor, *values)
+    assert [state.status for state in last[-1].states] == ["done", "done"]
+    assert not page.endpoints.runs.active(visitor.session_hash, "page")
+
+
+def test_settings_that_cannot_be_drawn_are_explained_and_leave_nothing_behind(page):
+    visitor = visit(to_link(next(iter(PRESETS.values()))).removeprefix("?"))
+    values = control_values(page, page.on_load(visitor))
+    values[1 + len(page.shared_names) + 2] = 1000
+    page.on_begin(visitor, 3, True)
+    (answer,) = page.on_draw(visitor, *values)
+    assert 'class="warning"' in answer[-2] and "1000" in answer[-2] and "250" in answer[-2]
+    assert not page.endpoints.runs.active(visitor.session_hash, "page")
 
 
 def test_numbers_of_a_field():
