@@ -194,7 +194,7 @@ class Visitor:
         self.page.wait_for_function(SETTLED, arg=columns, timeout=1000 * seconds)
 
     def status(self, column: str) -> str:
-        """The state of a column, one of comparison.STATUSES."""
+        """The state of a column, as of comparison.ColumnState."""
         return self.page.locator(f"#pictures-{column} .result").get_attribute("data-status")
 
     def pictures(self, column: str) -> list[str]:

@@ -4,6 +4,7 @@
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ from settings import (
     from_link,
     to_link,
 )
+
+from diffusers.utils import logging
 
 
 FOLDER = Path(__file__).parent
@@ -105,9 +108,13 @@ def theme() -> gr.themes.Base:
 
 @dataclass
 class Panel:
-    """The controls of one column, in the order of `names`."""
+    """The controls of one column, in the order of `names`.
+
+    `settled` holds the model and the guidance that the controls follow: a dropdown that is only left says `input` too.
+    """
 
     controls: dict[str, gr.components.Component]
+    settled: gr.State
     pictures: gr.HTML
     frame: gr.Column
 
@@ -128,6 +135,7 @@ def launch(demo: gr.Blocks, **options: Any):
         footer_links=["api"],
         ssr_mode=False,
         mcp_server=False,
+        max_file_size="1kb",  # nothing here takes a file
         **options,
     )
 
@@ -141,10 +149,9 @@ class Page:
         self.catalog = catalog
         self.endpoints = Endpoints(catalog, judge, CONCURRENCY)
         self.first = next(iter(PRESETS.values()))
-        self.known = {}
         for name in catalog.names:
             with suppress(SettingsError):  # its column says why, when it draws
-                self.known[name] = catalog.describe(name)
+                catalog.describe(name)
         with gr.Blocks(
             title="diffusers_ext: guidance side by side",
             analytics_enabled=False,
@@ -228,7 +235,8 @@ class Page:
                     self.shared[name] = gr.Textbox(
                         label=label, max_length=MAX_PROMPT, lines=1, elem_id=name, elem_classes="wide", **shared[name]
                     )
-        self.live = gr.HTML("", elem_id="live")
+        hint = "Press Draw, or one of the four comparisons at the top: each sets everything and draws."
+        self.live = gr.HTML(rendering.message(hint), elem_id="live")
         with gr.Row(elem_id="columns", equal_height=False):
             self.panels = [self._panel(index, columns[index]) for index in range(MAX_COLUMNS)]
         with gr.Tabs(elem_id="closer", overflow_behavior="wrap"):
@@ -286,7 +294,7 @@ class Page:
                 self.started(self.first, index), elem_id=f"pictures-{letter.lower()}", elem_classes="pictures"
             )
         controls = dict(zip(Panel.names, (model, scheduler, steps, guidance, scale, start, end, eta, dtype)))
-        return Panel(controls, pictures, frame)
+        return Panel(controls, gr.State(self.settled(values)), pictures, frame)
 
     def _pair(self) -> None:
         letters = list(LETTERS[: max(2, len(self.first.columns))])
@@ -331,16 +339,11 @@ class Page:
 
     # What the controls show
 
-    def describe(self, model: str) -> Description | None:
-        """The description of a model that was looked up before; others may have to be fetched."""
-        return self.known.get(model)
-
     def control_values(self, comparison: Comparison) -> tuple[dict[str, dict], list[dict[str, dict]]]:
         """Value, choices and visibility of every control: those that are shared, and those of each column."""
         columns = list(comparison.columns)
         columns += self.spare_columns(columns)
-        descriptions = {name: self.describe(name) for name in {column.model for column in columns}}
-        per_column = [self.column_values(column, descriptions[column.model]) for column in columns]
+        per_column = [self.column_values(column, self.catalog.described(column.model)) for column in columns]
         shared = {
             "classes": {"value": list(comparison.class_labels)},
             "images": {"value": comparison.num_images},
@@ -353,20 +356,22 @@ class Page:
         for name, update in self.shared_values([columns[i].model for i in range(len(comparison.columns))]).items():
             shared[name] |= update
         shared["classes"]["choices"] = list(dict.fromkeys([*shared["classes"]["choices"], *comparison.class_labels]))
+        shared["prompt"]["visible"] |= bool(comparison.prompt or comparison.negative_prompt)
         return shared, per_column
 
     def spare_columns(self, columns: Sequence[Column]) -> list[Column]:
         """What further columns begin with: models that no column has yet, guided as they can be."""
         spare = []
-        for name, description in self.known.items():
-            if name not in {column.model for column in columns}:
+        for name in self.catalog.names:
+            description = self.catalog.described(name)
+            if description is not None and name not in {column.model for column in columns}:
                 kind = similar_guidance("classifier", description)
                 spare.append(Column(model=name, guidance=kind, guidance_scale=description.guidance[kind]))
         return [*spare, *[columns[-1]] * MAX_COLUMNS][: MAX_COLUMNS - len(columns)]
 
     def shared_values(self, models: Sequence[str]) -> dict[str, dict[str, Any]]:
         """What the models in use make of the shared controls: the classes, texts, sizes."""
-        known = [description for description in map(self.describe, models) if description is not None]
+        known = [description for description in map(self.catalog.described, models) if description is not None]
         labels = list(dict.fromkeys(label for description in known for label in description.labels))
         return {
             "classes": {"choices": labels},
@@ -411,9 +416,15 @@ class Page:
         updates |= {self.texts: gr.update(visible=texts), self.sizes: gr.update(visible=sizes)}
         for panel, values in zip(self.panels, columns):
             updates |= {panel.controls[name]: gr.update(**values[name]) for name in Panel.names}
+            updates[panel.settled] = self.settled(values)
         count = max(2, len(comparison.columns))
         updates[self.count] = gr.update(value=str(count))
         return updates | self.show_columns(count)
+
+    def settled(self, values: dict[str, dict[str, Any]]) -> tuple[str, str]:
+        """Model and guidance that the controls of a column follow; no model where it was not looked up yet."""
+        model = values["model"]["value"]
+        return model if self.catalog.described(model) else "", values["guidance"]["value"]
 
     def show_columns(self, count: int) -> dict:
         """Updates that show so many columns, and offer them where one is chosen."""
@@ -434,14 +445,14 @@ class Page:
         column = comparison.columns[min(index, len(comparison.columns) - 1)]
         noise = self.noise_of(comparison, column.model)
         try:
-            labels = wanted_labels(comparison, self.describe(column.model)) if noise else []
+            labels = wanted_labels(comparison, self.catalog.described(column.model)) if noise else []
         except SettingsError:
             labels = [None] * len(noise)
         return rendering.waiting(LETTERS[index], noise, labels)
 
     def noise_of(self, comparison: Comparison, model: str) -> list[Image.Image]:
         """The noise from which a model starts; of models that may have to be fetched first, none."""
-        description = self.describe(model)
+        description = self.catalog.described(model)
         return noise_pictures(comparison, description) if description else []
 
     # What happens
@@ -455,7 +466,8 @@ class Page:
         controls += [control for panel in self.panels for control in panel.controls.values()]
         frames = [panel.frame for panel in self.panels]
         pictures = [panel.pictures for panel in self.panels]
-        whole = [*controls, *frames, self.texts, self.sizes, self.left, self.right, self.sweep_column]
+        settled = [panel.settled for panel in self.panels]
+        whole = [*controls, *settled, *frames, self.texts, self.sizes, self.left, self.right, self.sweep_column]
         busy = [self.draw, self.stop, self.draw_sweep, *self.presets]
         results = [self.film, self.curves, self.divided, self.difference, self.image, self.link, self.zip, self.code]
 
@@ -471,18 +483,26 @@ class Page:
             **quick,
         )
         for index, panel in enumerate(self.panels):
-            values = list(panel.controls.values())
+            values, letter = list(panel.controls.values()), LETTERS[index].lower()
             panel.controls["model"].input(
+                None, None, None, js=f"() => window.demoPage.changing('{letter}')", **private
+            )
+            changed = panel.controls["model"].input(
                 self.model_changed(index),
-                controls,
-                [*values, self.shared["classes"], self.texts, self.sizes, panel.pictures],
+                [panel.settled, *controls],
+                [*values, panel.settled, self.shared["classes"], self.texts, self.sizes, panel.pictures],
                 **raw,
                 show_progress="minimal",
                 show_progress_on=panel.pictures,
                 **private,
             )
+            changed.then(None, None, None, js=f"() => window.demoPage.changed('{letter}')", **private)
             panel.controls["guidance"].input(
-                self.on_guidance, values, [panel.controls[name] for name in ("scale", "start", "end")], **raw, **quick
+                self.on_guidance,
+                [panel.settled, *values],
+                [panel.settled, *(panel.controls[name] for name in ("scale", "start", "end"))],
+                **raw,
+                **quick,
             )
             panel.controls["scheduler"].input(self.on_scheduler, values, panel.controls["eta"], **raw, **quick)
 
@@ -599,13 +619,15 @@ class Page:
         """More or fewer columns."""
         names = len(Panel.names)
         models = [values[1 + len(self.shared_names) + index * names] or "" for index in range(int(count))]
-        return self.show_columns(int(count)) | self.shared_updates(models)
+        return self.show_columns(int(count)) | self.shared_updates(models, values[1])
 
-    def shared_updates(self, models: Sequence[str]) -> dict:
-        """Updates of the shared controls for the models in use."""
+    def shared_updates(self, models: Sequence[str], classes: Sequence[str] | None) -> dict:
+        """Updates of the shared controls for the models in use. Classes that none of them knows leave."""
         shared = self.shared_values(models)
+        labels, chosen = shared["classes"]["choices"], classes or []
+        known = [label for label in chosen if label in labels] if labels else chosen
         return {
-            self.shared["classes"]: gr.update(**shared["classes"]),
+            self.shared["classes"]: gr.update(choices=labels or chosen, value=known),
             self.texts: gr.update(**shared["prompt"]),
             self.sizes: gr.update(**shared["height"]),
         }
@@ -614,45 +636,59 @@ class Page:
         """What another model in a column changes: schedulers, guidance, precision, and what is shared."""
         panel = self.panels[index]
 
-        def on_model(*values) -> dict:
+        def on_model(request: gr.Request, settled: tuple[str, str], *values) -> dict:
             names = len(Panel.names)
             rest = values[1 + len(self.shared_names) :]
             models = [(rest[i * names] or "").strip() for i in range(int(values[0]))]
             now = dict(zip(Panel.names, rest[index * names : (index + 1) * names]))
+            if models[index] == settled[0]:
+                return {panel.settled: settled}
             try:
-                description = self.known[models[index]] = self.catalog.describe(models[index])
+                description = self.catalog.describe(models[index])
             except SettingsError as error:
-                return {panel.pictures: rendering.refused(LETTERS[index], str(error))}
+                return {
+                    panel.settled: ("", settled[1]),
+                    panel.pictures: rendering.refused(LETTERS[index], str(error)),
+                }
             keep = now["guidance"] in description.guidance
             guidance = now["guidance"] if keep else similar_guidance(now["guidance"], description)
-            column = Column(
-                model=models[index],
-                guidance=guidance,
-                guidance_scale=now["scale"] if keep else description.guidance[guidance],
-            )
+            column = Column(model=models[index], guidance=guidance, guidance_scale=description.guidance[guidance])
             if now["scheduler"] in description.schedulers:
                 column = replace(column, scheduler=now["scheduler"])
+            if now["dtype"] in description.dtypes:
+                column = replace(column, dtype=now["dtype"])
             updates = self.column_values(column, description)
-            del updates["model"], updates["steps"]
-            return {panel.controls[name]: gr.update(**update) for name, update in updates.items()} | {
-                **self.shared_updates(models),
-                panel.pictures: rendering.waiting(LETTERS[index], [], []),
-            }
+            del updates["model"], updates["steps"], updates["start"]["value"], updates["end"]["value"]
+            if keep:
+                del updates["scale"]["value"]
+            if updates["eta"]["visible"]:
+                del updates["eta"]["value"]
+            changed = {panel.controls[name]: gr.update(**update) for name, update in updates.items()}
+            changed |= self.shared_updates(models, values[1]) | {panel.settled: (models[index], guidance)}
+            if not self.endpoints.runs.active(request.session_hash, "page"):
+                try:
+                    changed[panel.pictures] = self.started(self.read(values), index)
+                except SettingsError:  # another field is wrong, which is said when it draws
+                    changed[panel.pictures] = rendering.waiting(LETTERS[index], [], [])
+            return changed
 
         return on_model
 
-    def on_guidance(self, *values) -> tuple:
+    def on_guidance(self, settled: tuple[str, str], *values) -> tuple:
         """Another kind of guidance has another scale that works well."""
         now = dict(zip(Panel.names, values))
-        description = self.describe(now["model"])
+        if now["guidance"] == settled[1]:
+            return settled, gr.skip(), gr.skip(), gr.skip()
+        description = self.catalog.described(now["model"])
         guided = now["guidance"] != "none"
         scale = description.guidance.get(now["guidance"], now["scale"]) if description else now["scale"]
-        return gr.update(value=scale, interactive=guided), gr.update(interactive=guided), gr.update(interactive=guided)
+        scale, ends = gr.update(value=scale, interactive=guided), gr.update(interactive=guided)
+        return (settled[0], now["guidance"]), scale, ends, ends
 
     def on_scheduler(self, *values) -> dict:
         """Eta is for schedulers that have it."""
         now = dict(zip(Panel.names, values))
-        description = self.describe(now["model"])
+        description = self.catalog.described(now["model"])
         has_eta = description is not None and now["scheduler"] in description.eta_schedulers
         return gr.update(visible=has_eta) if has_eta else gr.update(visible=False, value=0)
 
@@ -676,17 +712,18 @@ class Page:
     def on_draw(self, request: gr.Request, *values) -> Iterator[tuple]:
         """Draws the columns, and shows them on the way."""
         skip, session = [gr.skip()] * MAX_COLUMNS, request.session_hash
-        if not self.endpoints.runs.active(session, "page"):
+        run = self.endpoints.runs.restart(session, "page")
+        if run is None:
             yield *skip, rendering.message("Stopped before it began."), gr.skip()
             return
         try:
             comparison = self.read(values)
         except SettingsError as error:
-            self.endpoints.runs.stop(session, "page")
+            self.endpoints.runs.end(session, "page", run)
             yield *skip, rendering.message(str(error), "warning"), gr.skip()
             return
         noise = [self.noise_of(comparison, column.model) for column in comparison.columns]
-        for states in self.endpoints.states(comparison, session, "page"):
+        for states in self.endpoints.states(comparison, session, "page", run):
             shown = [rendering.column(*column) for column in zip(LETTERS, states, noise)]
             shown += [gr.skip()] * (MAX_COLUMNS - len(shown))
             yield *shown, rendering.message(rendering.announcement(states)), gr.skip()
@@ -770,7 +807,7 @@ class Page:
 
 def kind_title(kind: str) -> str:
     """A kind of guidance as it is offered."""
-    return kind.replace("-", " ")
+    return {"classifier-mean": "classifier, mean", "adaptive-projected": "adaptive projected"}.get(kind, kind)
 
 
 def similar_guidance(kind: str, description: Description) -> str:
@@ -826,6 +863,10 @@ def main(
     """
     if capacity is not None:
         os.environ["DIFFUSERS_EXT_DEMO_CAPACITY"] = str(capacity)
+    # The terminal is for what its reader can mend: not for a bar per load, nor for schedulers that are only tried.
+    logging.disable_progress_bar()
+    logging.get_logger("diffusers.schedulers.scheduling_dpmsolver_singlestep").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "Should have t[ab]", module="torchsde")
     torch.set_num_threads(1)  # the columns are the threads, and small networks gain nothing by more
     catalog = Catalog.shipped(models)
     launch(build(catalog, load_judge(catalog.device)), server_name=server_name, server_port=server_port)

@@ -17,7 +17,7 @@ import shutil
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import EnumMeta
 from pathlib import Path
@@ -50,11 +50,12 @@ SHIPPED = ("film-mnist", "dit-gqa-mnist", "adm-mnist", "dilated-mnist")  # the o
 ENVIRONMENT = "DIFFUSERS_EXT_DEMO_"
 MAX_BYTES = 6 << 30  # of a repository that a visitor names; Stable Diffusion 1.5 has 5.5 GB
 FREE_BYTES = 2 << 30  # of the disk, which downloads leave
-MAX_DESCRIPTIONS = 64  # that are remembered
+MAX_DESCRIPTIONS = 64  # that are remembered, besides those of the operator's models
 POLL = 0.1  # seconds between two looks at `stop`
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 
-PATH = re.compile(r"(?<![\w:/.~])~?/[^\s'\"`,;:]+")  # from the root of this machine; not of an address, nor user/name
+# Of this machine: no address, no user/name, no fraction.
+PATH = re.compile(r"(?:file://|(?<![\w:/.~]))~?(?:/[^\s/'\"`,;:()]+){2,}/?")
 
 # Arguments of the call that make a pipeline of diffusers one that draws images of a text, and those that make it
 # another kind: it changes images, or draws videos or sounds.
@@ -66,12 +67,14 @@ DEFAULT_SCHEDULER = "DPMSolverMultistepScheduler"
 CLASSIFIER_SCALE, PIXEL_SCALE, LATENT_SCALE, AUTOGUIDANCE_SCALE = 6.0, 2.0, 4.0, 2.0
 
 # diffusers and transformers change torch for the whole process while they load a model: how parameters are made, and
-# the default dtype. Whoever loads holds this.
+# the default dtype. Whoever loads holds this. ZeroGPU forks the process, which waits until nobody holds it: in the new
+# process nobody could release it.
 LOADING = threading.RLock()
+os.register_at_fork(before=LOADING.acquire, after_in_parent=LOADING.release, after_in_child=LOADING.release)
 
 
-class GaveUp(Exception):
-    """`stop` became true while `Catalog.borrow` waited for a place."""
+class Stopped(Exception):
+    """The visitor stopped a run, or what it waited for."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ class Catalog:
         self.max_bytes = max_bytes
         self._folders = [Path(folder).resolve() for folder in folders]
         self._models = {name: _operators_source(name, os.fspath(source)) for name, source in models.items()}
-        self._descriptions: OrderedDict[str, Description] = OrderedDict()
+        self._descriptions: dict[str, Description] = {}
         self._downloading = threading.Lock()
         self._changed = threading.Condition()  # its lock guards what follows, and the descriptions
         self._places: OrderedDict[tuple[str, str], _Place] = OrderedDict()  # the one used longest ago first
@@ -190,13 +193,22 @@ class Catalog:
         found = [folder.name for folder in sorted(root.iterdir()) if (folder / INDEX).is_file()]
         models = {name: str(root / name) for name in (*SHIPPED, *found) if name in found}
         for source in extra:
-            name = Path(source).resolve().name if Path(source).is_dir() else source
+            is_folder = Path(source).is_dir()
+            if not ((Path(source) / INDEX).is_file() if is_folder else HUB_ID.fullmatch(source)):
+                raise ValueError(
+                    f"`models` holds {source!r}, which is neither the folder of a pipeline, with its {INDEX}, nor a "
+                    "Hub id such as google/ddpm-cifar10-32."
+                )
+            name = Path(source).resolve().name if is_folder else source
             models[source if name in models else name] = source
         folders = [folder for folder in os.environ.get(f"{ENVIRONMENT}FOLDERS", "").split(os.pathsep) if folder]
+        for folder in folders:
+            if not Path(folder).expanduser().is_dir():
+                raise ValueError(f"`{ENVIRONMENT}FOLDERS` holds {folder!r}; there is no such folder.")
         return cls(
             models,
             capacity=_number("CAPACITY", 4),
-            device=os.environ.get(f"{ENVIRONMENT}DEVICE") or None,
+            device=_device(),
             folders=[root, *(Path(folder).expanduser() for folder in folders)],
             allow_hub=_flag("HUB", True),
             trust_remote_code=_flag("TRUST_REMOTE_CODE", False),
@@ -230,9 +242,16 @@ class Catalog:
                     found = _describe(source, self._skeleton(source, folder), self.device)
             with self._changed:
                 self._descriptions[source.name] = found
-                if len(self._descriptions) > MAX_DESCRIPTIONS:
-                    self._descriptions.popitem(last=False)
+                of_visitors = [name for name in self._descriptions if name not in self._models]
+                for name in of_visitors[:-MAX_DESCRIPTIONS]:
+                    del self._descriptions[name]
         return found
+
+    def described(self, model: str) -> Description | None:
+        """The description of a model that was looked up before; None for one that may have to be fetched first."""
+        with suppress(SettingsError):
+            return self._descriptions.get(self._resolve(model).name)
+        return None
 
     @contextmanager
     def borrow(self, model: str, dtype: str, stop: Callable[[], bool] = lambda: False) -> Iterator[DiffusionPipeline]:
@@ -249,7 +268,7 @@ class Catalog:
         Raises:
             SettingsError: as of `describe`, for a precision that there is not, and where loading fails, which is tried
                 anew the next time.
-            GaveUp: when `stop` said so.
+            Stopped: when `stop` said so.
         """
         description = self.describe(model)
         if dtype not in description.dtypes:
@@ -321,7 +340,7 @@ class Catalog:
         with self._changed:
             while not ready():
                 if stop():
-                    raise GaveUp("It was stopped while it waited for a place in memory.")
+                    raise Stopped
                 self._changed.wait(POLL)
 
     def _resolve(self, model: str) -> _Source:
@@ -456,6 +475,15 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
+def _device() -> str | None:
+    device = os.environ.get(f"{ENVIRONMENT}DEVICE") or None
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without it
+        raise ValueError(f"`{ENVIRONMENT}DEVICE` is {device!r}, which is not here: {error}") from error
+    return device
+
+
 def _flag(name: str, default: bool) -> bool:
     text = os.environ.get(f"{ENVIRONMENT}{name}") or str(int(default))
     if text not in ("0", "1"):
@@ -472,10 +500,13 @@ def _for_visitors(source: _Source) -> Iterator[None]:
         raise
     except Exception as error:
         logger.warning("%s could not be loaded.", show(source.name), exc_info=True)
-        reason = PATH.sub("(a path)", redact(" ".join(str(error).split())))
-        raise SettingsError(
-            f"`model` {show(source.name)} cannot be used: {reason[:500] or type(error).__name__}"
-        ) from error
+        reason = harmless(error)[:500] or type(error).__name__
+        raise SettingsError(f"`model` {show(source.name)} cannot be used: {reason}") from error
+
+
+def harmless(error: Exception) -> str:
+    """What a visitor may read of an error, on one line: no tokens, and of paths on this machine the last name."""
+    return PATH.sub(lambda path: path[0].rstrip("/").rpartition("/")[2], redact(" ".join(str(error).split())))
 
 
 def _without_weights(folder: Path, library: str, class_name: str) -> torch.nn.Module | None:

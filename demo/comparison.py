@@ -2,16 +2,16 @@
 
 import logging
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
-from catalog import Catalog, Description, GaveUp, new_pipeline
+from catalog import Catalog, Description, Stopped, harmless, new_pipeline
 from judge import Judge
-from observation import Observation, Stopped
+from observation import Observation
 from pictures import sweep_picture
 from PIL.Image import Image
 from plan import class_ids, generators, initial_noise, plan, wanted_labels
@@ -19,14 +19,10 @@ from settings import MAX_WORK, Comparison, SettingsError, shown
 
 import diffusers
 
-from diffusers_ext.hub.safety import redact
-
 
 MAX_CELLS = 36  # of a sweep
-STATUSES = ("waiting", "loading", "drawing", "done", "stopped", "failed")
 PAUSE = 1 / 6  # seconds between two looks at a comparison, at least
 MAX_ERROR = 600  # characters
-_PATH = re.compile(r"(?:file://|(?<![\w:/.]))(?:/[\w.@+~-]+){2,}/?")  # no address, and no me/model
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +37,7 @@ _slots = {
 class ColumnState:
     """What is to be seen of one column at one moment: images and numbers, no tensors."""
 
-    status: str = "waiting"  # one of STATUSES
+    status: Literal["waiting", "loading", "drawing", "done", "stopped", "failed"] = "waiting"
     error: str | None = None  # why it failed
     step: int = 0  # network calls done, those for both predictions of guidance counted once
     num_steps: int = 0  # network calls in all; 0 until the pipeline has counted them
@@ -133,7 +129,7 @@ class _Run:
         final = self._state
         try:
             final = self._draw()
-        except (Stopped, GaveUp):
+        except Stopped:
             final = self._stopped()
         except Exception as error:  # whatever it is, the other columns go on
             final = replace(self.state(), status="failed", error=message(error))
@@ -173,9 +169,9 @@ class _Run:
                 stop=self.stop,
                 changed=self.changed,
             )
+            self.drawing = True  # from here on, whoever stops this waits for its end
             if self.stop():
                 raise Stopped
-            self.drawing = True
             self._show(status="drawing")
             self._observation = observation
             observation.begin()
@@ -270,11 +266,10 @@ def _slot(device: torch.device, stop: Callable[[], bool]) -> Iterator[None]:
 
 
 def message(error: Exception) -> str:
-    """What a visitor reads of an error: no folders of this machine, no tokens, and not too much."""
+    """What a visitor reads of an error: what they can mend as it is, the rest short and harmless."""
     if isinstance(error, SettingsError):
         return str(error)
-    text = _PATH.sub(lambda path: path[0].rstrip("/").rpartition("/")[2], redact(str(error)))
-    text = f"{type(error).__name__}: {text}"
+    text = f"{type(error).__name__}: {harmless(error)}"
     return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 3] + "..."
 
 

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import gradio as gr
 import takeaway
-from catalog import Catalog
+from catalog import Catalog, Stopped
 from comparison import ColumnState, compare, sweep
-from observation import Stopped
 from pictures import difference
 from plan import complete
 from rendering import png_uri
@@ -43,7 +42,7 @@ class Runs:
         self._temporary = tempfile.TemporaryDirectory(prefix="diffusers-ext-runs-")  # removed with the process
         self.folder = Path(self._temporary.name)
         self._files: dict[tuple[str | None, str], Path] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def start(self, session: str | None, name: str) -> Path:
         """A new run of a session; an older one of the same name is stopped."""
@@ -55,6 +54,11 @@ class Runs:
         if older is not None:
             older.unlink(missing_ok=True)
         return path
+
+    def restart(self, session: str | None, name: str) -> Path | None:
+        """A new run in place of one that waited in the queue; None where that was stopped meanwhile."""
+        with self._lock:
+            return self.start(session, name) if self.active(session, name) else None
 
     def active(self, session: str | None, name: str) -> bool:
         """Whether a session has a run of this name under way."""
@@ -85,9 +89,9 @@ class Runs:
             self.stop(session, name)
 
     @contextmanager
-    def running(self, session: str | None, name: str) -> Iterator[Path]:
-        """A run for as long as the block lasts."""
-        path = self.start(session, name)
+    def running(self, session: str | None, name: str, path: Path | None = None) -> Iterator[Path]:
+        """A run for as long as the block lasts: a new one, or that of `path`."""
+        path = path or self.start(session, name)
         try:
             yield path
         finally:
@@ -120,6 +124,15 @@ def mendable() -> Iterator[None]:
         yield
     except SettingsError as error:
         raise gr.Error(str(error), print_exception=False) from error
+
+
+def results(comparison: Comparison, states: Sequence[ColumnState]) -> dict:
+    """A comparison and what was drawn of it, as JSON."""
+    return {
+        "settings": comparison.to_json(),
+        "link": to_link(comparison),
+        "columns": [result(state) for state in states],
+    }
 
 
 def result(state: ColumnState) -> dict:
@@ -168,10 +181,18 @@ class Endpoints:
 
         self.compared, self.swept = on_gpu(compared), on_gpu(swept)
 
-    def states(self, comparison: Comparison, session: str | None, name: str) -> Iterator[list[ColumnState]]:
-        """The states of all columns while they are drawn."""
-        with self.runs.running(session, name) as run:
+    def states(
+        self, comparison: Comparison, session: str | None, name: str, run: Path | None = None
+    ) -> Iterator[list[ColumnState]]:
+        """The states of all columns while they are drawn; `run` of `Runs` where it has been started already."""
+        with self.runs.running(session, name, run) as run:
             yield from self.compared(comparison.to_json(), run)
+
+    def drawn(self, comparison: Comparison, session: str | None, name: str) -> list[ColumnState]:
+        """The final states of all columns."""
+        for states in self.states(comparison, session, name):
+            pass
+        return states
 
     def pictures(
         self, comparison: Comparison, index: int, scales: Sequence, steps: Sequence, session: str | None, name: str
@@ -191,8 +212,9 @@ class Endpoints:
     def archive(self, comparison: Comparison, states: Sequence[ColumnState]) -> Path:
         """A zip of what was drawn; it can be fetched for `KEPT` seconds."""
         for older in Path(self._zips.name).iterdir():
-            if older.stat().st_mtime < time.time() - KEPT:
-                shutil.rmtree(older, ignore_errors=True)
+            with suppress(FileNotFoundError):  # somebody else has just removed it
+                if older.stat().st_mtime < time.time() - KEPT:
+                    shutil.rmtree(older, ignore_errors=True)
         descriptions = [
             self.catalog.describe(column.model) if state.images else None  # one that failed may not be found again
             for column, state in zip(comparison.columns, states)
@@ -229,22 +251,21 @@ class Endpoints:
 
         def draw(settings: dict, run: str = "", request: gr.Request = None) -> dict:
             """Draws all columns; `run` is a name for /stop. Images are PNG data URIs."""
-            for answer in watch(settings, run, request):
-                pass
-            return answer
+            with mendable():
+                comparison = Comparison.from_json(settings)
+                return results(comparison, self.drawn(comparison, session_of(request), run_name(run)))
 
         def watch(settings: dict, run: str = "", request: gr.Request = None) -> Iterator[dict]:
             """As /draw, with previews while the images form."""
             with mendable():
                 comparison = Comparison.from_json(settings)
-                known = {"settings": comparison.to_json(), "link": to_link(comparison)}
-                for states in self.states(comparison, request.session_hash, run_name(run)):
-                    yield known | {"columns": [result(state) for state in states]}
+                for states in self.states(comparison, session_of(request), run_name(run)):
+                    yield results(comparison, states)
 
         def stop(run: str = "", request: gr.Request = None) -> bool:
             """Stops this session's run of that name within one step; false where there is none."""
             with mendable():
-                return self.runs.stop(request.session_hash, run_name(run))
+                return self.runs.stop(session_of(request), run_name(run))
 
         def sweep_endpoint(
             settings: dict,
@@ -259,7 +280,7 @@ class Endpoints:
                 comparison = Comparison.from_json(settings)
                 index = chosen_column(comparison, column)
                 picture, cells = None, (guidance_scales, num_inference_steps)
-                for _, picture in self.pictures(comparison, index, *cells, request.session_hash, run_name(run)):
+                for _, picture in self.pictures(comparison, index, *cells, session_of(request), run_name(run)):
                     pass
                 return {
                     "image": picture and png_uri(picture),
@@ -275,8 +296,7 @@ class Endpoints:
             with mendable():
                 comparison = Comparison.from_json(settings)
                 pair = [chosen_column(comparison, column) for column in (first, second)]
-                for states in self.states(comparison, request.session_hash, uuid.uuid4().hex):
-                    pass
+                states = self.drawn(comparison, session_of(request), uuid.uuid4().hex)
                 for index in pair:
                     if states[index].status != "done":
                         raise SettingsError(f"Column {LETTERS[index]} was not drawn: {states[index].error}")
@@ -316,13 +336,17 @@ class Endpoints:
             """Draws all columns and packs images, settings and Python into a zip file."""
             with mendable():
                 comparison = Comparison.from_json(settings)
-                for states in self.states(comparison, request.session_hash, uuid.uuid4().hex):
-                    pass
+                states = self.drawn(comparison, session_of(request), uuid.uuid4().hex)
                 return str(self.archive(comparison, states))
 
         settings = gr.JSON(visible=False, label="settings")
         file = gr.File(visible=False, label="zip")
         gr.on([], download, settings, file, api_name="download", **draws)
+
+
+def session_of(request: gr.Request) -> str:
+    """Who calls. A bare POST may come without a session, and those who do so are not one another."""
+    return request.session_hash or uuid.uuid4().hex
 
 
 def run_name(run: object) -> str:

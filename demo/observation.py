@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from catalog import Stopped
 from judge import Judge
 from PIL.Image import Image
 from torch import nn
@@ -47,10 +48,6 @@ _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )
-
-
-class Stopped(Exception):
-    """The visitor stopped the run."""
 
 
 def clean_image(

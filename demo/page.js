@@ -1,5 +1,6 @@
 () => {
   // What runs in the browser: the theme, the scrubber, the dividing line, copying, and names for screen readers.
+  const changes = { columns: new Set(), focused: null, clicked: null };
   const page = {
     ready() {
       document.body.dataset.ready = "";
@@ -24,6 +25,40 @@
       if (!navigator.clipboard) return done("Copy by hand");
       navigator.clipboard.writeText(text).then(() => done("Copied"), () => done("Copy by hand"));
     },
+    // While another model's choices are under way, its column takes no input: a list that is open when its choices leave
+    // breaks the page, and Draw would send what fits the model before. A click on Draw or a preset waits until then.
+    changing(column) {
+      const model = document.querySelector(`#column-${column} [aria-label="Model"]`);
+      if (model.value === model.dataset.before) return;
+      changes.columns.add(column);
+      setTimeout(() => {
+        if (!changes.columns.has(column)) return;
+        const focused = document.activeElement;
+        page.hold();
+        if (!focused?.closest("[inert]")) return;
+        focused.blur();
+        changes.focused = focused;
+      });
+    },
+    changed(column) {
+      changes.columns.delete(column);
+      setTimeout(() => {
+        page.hold();
+        if (changes.columns.size) return;
+        const { focused, clicked } = changes;
+        changes.focused = changes.clicked = null;
+        if (clicked) clicked.click();
+        else if (document.activeElement === document.body) focused?.focus();
+      }, 100); // when Gradio has shown the new choices
+    },
+    hold() {
+      for (const column of "abcd") {
+        for (const row of document.querySelectorAll(`#column-${column} .fields`)) row.inert = changes.columns.has(column);
+      }
+      const classes = document.querySelector("#classes");
+      if (classes) classes.inert = changes.columns.size > 0;
+      document.querySelector("#draw")?.classList.toggle("held", changes.columns.size > 0);
+    },
     // Shows a step of the run in all columns, and at the end the images themselves.
     scrub(film, share) {
       for (const strip of film.querySelectorAll(".film-column")) {
@@ -47,6 +82,10 @@
   const kept = localStorage.getItem("theme");
   if (kept) document.body.classList.toggle("dark", kept === "dark");
 
+  document.addEventListener("focusin", ({ target }) => {
+    if (target.matches('[aria-label="Model"]')) target.dataset.before = target.value;
+  });
+
   document.addEventListener("input", ({ target }) => {
     if (target.matches("#scrubber")) {
       const share = target.max > 0 ? target.value / target.max : 1;
@@ -62,7 +101,12 @@
   document.addEventListener(
     "click",
     (event) => {
-      if (!event.target.closest("#draw, .preset")) return;
+      const button = event.target.closest("#draw, .preset");
+      if (!button) return;
+      if (changes.columns.size) {
+        changes.clicked = button;
+        return event.stopImmediatePropagation();
+      }
       const restoring = new URLSearchParams(location.search).has("s") && !("ready" in document.body.dataset);
       if (restoring || event.timeStamp - clicked < 500) return event.stopImmediatePropagation();
       clicked = event.timeStamp;

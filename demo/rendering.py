@@ -80,7 +80,7 @@ def status_line(state: ColumnState) -> str:
         return {"drawing": "starting"}.get(state.status, state.status)
     parts = [f"{state.step}/{state.num_steps} steps"]
     if state.network_evaluations:
-        parts.append(f"{state.network_evaluations} evaluations")
+        parts.append(f"{state.network_evaluations} evaluation{'s' if state.network_evaluations > 1 else ''}")
     if state.classifier_evaluations:
         parts[-1] += f" + {state.classifier_evaluations} of the classifier"
     parts.append(f"{state.seconds:.1f} s")
@@ -91,7 +91,7 @@ def status_line(state: ColumnState) -> str:
     return " · ".join(parts)
 
 
-def announcement(states: Sequence[ColumnState], queued: bool = False) -> str:
+def announcement(states: Sequence[ColumnState]) -> str:
     """The state of all columns in one sentence, the same for long stretches of a run: screen readers speak it."""
     if all(state.status in ("waiting", "loading") for state in states):
         return "Loading the models."
@@ -102,7 +102,7 @@ def announcement(states: Sequence[ColumnState], queued: bool = False) -> str:
     for letter, state in zip(LETTERS, states):
         right = _right(state)
         text = f"{words[state.status]} in {state.seconds:.1f} s" if state.status == "done" else words[state.status]
-        groups[letter] = text + (f", {right[0]} of {right[1]} as wanted" if right else "")
+        groups[letter] = text + (f", the judge reads {right[0]} of {right[1]} as wanted" if right else "")
     return "; ".join(f"{letter} {text}" for letter, text in groups.items()) + "."
 
 
@@ -304,7 +304,7 @@ def _score(state: ColumnState) -> str:
     right = _right(state)
     if right is None:
         return ""
-    return f'<span class="score" title="as the judge reads them">{right[0]} of {right[1]} as wanted</span>'
+    return f'<span class="score" title="The judge is another network">{right[0]} of {right[1]} as wanted</span>'
 
 
 def _right(state: ColumnState) -> tuple[int, int] | None:

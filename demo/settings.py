@@ -28,15 +28,15 @@ MAX_ENLARGEMENT = 4  # times the model's own size, per side
 
 LETTERS = "ABCD"  # names of the columns
 DTYPES = ("float32", "bfloat16", "float16")
-GUIDANCE = {
-    "none": "no guidance",
-    "classifier": "by a classifier's gradient",
-    "classifier-mean": "by a classifier, moving each step's mean",
-    "classifier-free": "away from the prediction without a class or prompt",
-    "autoguidance": "away from a weaker model",
-    "adaptive-projected": "away from the unconditional prediction, without oversaturation",
-    "embedded": "a scale that the network was told in training",
-}
+GUIDANCE = (
+    "none",
+    "classifier",  # by a classifier's gradient
+    "classifier-mean",  # the same, moving each step's mean
+    "classifier-free",  # away from the prediction without a class or prompt
+    "autoguidance",  # away from a weaker model
+    "adaptive-projected",  # away from the unconditional prediction, without oversaturation
+    "embedded",  # a scale that the network was told in training
+)
 
 # Invisible, and yet part of what is written: ends of lines, tabs, joiners in Persian, Hindi and emoji.
 _WRITTEN = "\n\t\u200c\u200d"
@@ -70,7 +70,7 @@ class Column:
         model: name in the catalog, a folder that the operator allows, or a Hub id.
         scheduler: class name in diffusers. None: the model's default.
         num_inference_steps: steps of the scheduler, 1 to `MAX_STEPS`.
-        guidance: a kind, a key of `GUIDANCE`.
+        guidance: a kind, one of `GUIDANCE`.
         guidance_scale: 0 to `MAX_SCALE`; 1 is no guidance for the kinds without a classifier, 0 for those with one.
         guidance_interval: guided part of the steps, as fractions from the noise (0) to the image (1).
         eta: noise of DDIM and its like, 0 to 1.

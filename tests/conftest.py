@@ -53,6 +53,17 @@ def shared() -> Path:
     return RECORDED
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch computes on one thread, as in the demo: on several, sums have other last bits."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def fresh_python() -> Callable[..., subprocess.CompletedProcess]:
     """Runs code in a Python process of its own that can import this package: `fresh_python(code, cwd)`.

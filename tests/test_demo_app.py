@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import threading
 import time
 import zipfile
@@ -16,8 +17,8 @@ import pytest
 import torch
 from app import Page, build, launch, numbers
 from catalog import Catalog
-from comparison import compare
-from endpoints import Runs, chosen_column, stopped
+from comparison import ColumnState, compare
+from endpoints import KEPT, Runs, chosen_column, stopped
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from judge import load_judge
@@ -327,7 +328,7 @@ def test_what_a_model_cannot_do_is_not_offered(page):
     updates = page.on_load(visit(to_link(Comparison(columns=(Column(), Column()))).removeprefix("?")))
     values = control_values(page, updates)
     values[1 + len(page.shared_names)] = "dilated-mnist"
-    changed = page.model_changed(0)(*values)
+    changed = page.model_changed(0)(visit(""), ("", ""), *values)
     controls = page.panels[0].controls
     assert [kind for _, kind in changed[controls["guidance"]]["choices"]] == ["none"]
     offered = [name for _, name in changed[controls["scheduler"]]["choices"]]
@@ -339,8 +340,8 @@ def test_what_a_model_cannot_do_is_not_offered(page):
 def test_a_model_that_is_not_there_says_so_in_its_column(page):
     values = control_values(page, page.on_load(visit(to_link(next(iter(PRESETS.values()))).removeprefix("?"))))
     values[1 + len(page.shared_names)] = "<b>../nowhere</b>"
-    changed = page.model_changed(0)(*values)
-    assert list(changed) == [page.panels[0].pictures]
+    changed = page.model_changed(0)(visit(""), ("", ""), *values)
+    assert set(changed) == {page.panels[0].pictures, page.panels[0].settled}
     assert 'role="alert"' in changed[page.panels[0].pictures] and "<b>.." not in changed[page.panels[0].pictures]
 
 
@@ -381,6 +382,24 @@ def test_settings_that_cannot_be_drawn_are_explained_and_leave_nothing_behind(pa
     assert not page.endpoints.runs.active(visitor.session_hash, "page")
 
 
+def test_stop_counts_from_the_click_on(page, monkeypatch):
+    visitor = visit(to_link(Comparison(columns=(Column(num_inference_steps=1),) * 2, num_images=1)).removeprefix("?"))
+    values = control_values(page, page.on_load(visitor))
+    page.on_begin(visitor, 3, True)
+    monkeypatch.setattr(page, "noise_of", lambda *_: page.on_stop(visitor) and [])  # between the queue and the drawing
+    *_, last = page.on_draw(visitor, *values)
+    assert [state.status for state in last[-1].states] == ["stopped", "stopped"]
+
+
+def test_what_a_visitor_has_named_is_not_offered_to_others(root):
+    cards = root / "model_cards"
+    page = Page(Catalog({"film-mnist": cards / "film-mnist"}, folders=[cards]))
+    values = control_values(page, page.on_load(visit(to_link(Comparison(columns=(Column(),) * 2)).removeprefix("?"))))
+    values[1 + len(page.shared_names)] = "dilated-mnist"
+    assert page.panels[0].controls["guidance"] in page.model_changed(0)(visit(""), ("", ""), *values)
+    assert {column.model for column in page.spare_columns([Column()])} == {"film-mnist"}
+
+
 def test_numbers_of_a_field():
     assert numbers("Scales", "0, 1 2.5,", float) == [0.0, 1.0, 2.5]
     with pytest.raises(SettingsError, match="whole numbers, such as"):
@@ -395,14 +414,23 @@ def test_columns_are_found_by_letter_and_number():
             chosen_column(comparison, column)
 
 
+def test_zips_are_kept_for_a_while(page):
+    comparison, states = Comparison(columns=(Column(),)), [ColumnState("failed", error="of no matter")]
+    older, newer = (page.endpoints.archive(comparison, states) for _ in range(2))
+    moment = time.time() - KEPT - 1
+    os.utime(older.parent, (moment, moment))
+    page.endpoints.archive(comparison, states)
+    assert newer.is_file() and not older.exists()
+
+
 def test_runs_stop_by_name_and_session():
     runs = Runs()
     try:
         first, second = runs.start("one", "draw"), runs.start("two", "draw")
         assert not stopped(first)() and not stopped(second)()
         assert runs.stop("one", "draw") and stopped(first)() and not stopped(second)()
-        third = runs.start("two", "draw")
-        assert stopped(second)() and not stopped(third)()
+        third = runs.restart("two", "draw")
+        assert stopped(second)() and not stopped(third)() and runs.restart("one", "draw") is None
         runs.stop_session("two")
         assert stopped(third)() and not list(runs.folder.iterdir())
     finally:

@@ -220,6 +220,42 @@ def test_a_hostile_link_opens_the_defaults(visit):
     expect(visitor.page.locator("#live")).to_contain_text("link could not be restored")
 
 
+def test_fields_that_are_only_left_change_nothing(visit):
+    visitor = drawn(visit(), a=2, b=2)
+    pictures = visitor.pictures("b")
+    scale = visitor.page.locator("#column-b .scale input[type=number]")
+    scale.fill("11")
+    for name in ("Model", "Scheduler", "Guidance"):
+        visitor.field(name, "b").focus()
+        visitor.page.keyboard.press("Tab")
+        visitor.page.wait_for_timeout(500)
+    assert scale.input_value() == "11"
+    assert visitor.status("b") == "done" and visitor.pictures("b") == pictures
+
+
+def test_another_model_by_the_keyboard_and_drawn_at_once(visit):
+    """The choices of its column follow before the draw, although the click comes before they do."""
+    visitor = visit()
+    visitor.fill("Steps", 2, "a")
+    visitor.fill("Steps", 2, "b")
+    visitor.field("Model", "b").click()
+    visitor.page.keyboard.press("Control+A")
+    visitor.page.keyboard.type("film-mnist")
+    visitor.page.keyboard.press("Tab")  # into the list of schedulers, which is open when its choices change
+    visitor.draw()
+    assert visitor.status("b") == "done"
+    assert settings(visitor)["columns"][1]["guidance"] == "classifier-free"
+    assert visitor.value("Guidance", "b") == "classifier-free"
+    assert visitor.page.locator("ul:visible").count() == 0
+    visitor.fill("Model", "dilated-mnist", "b")
+    expect(visitor.field("Guidance", "b")).to_have_value("none")
+    expect(visitor.page.locator("#classes .token")).to_have_count(8)  # column A knows them
+    visitor.fill("Model", "dilated-mnist", "a")
+    expect(visitor.field("Guidance", "a")).to_have_value("none")
+    visitor.draw()
+    assert visitor.status("a") == visitor.status("b") == "done"
+
+
 def test_a_model_that_does_not_exist_leaves_the_other_column_alone(visit):
     visitor = visit()
     visitor.fill("Steps", 3, "a")

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import os
 import shutil
+import socket
 import threading
 import time
 import weakref
@@ -11,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from catalog import Catalog, GaveUp, new_pipeline
+from catalog import LOADING, Catalog, Stopped, new_pipeline
+from huggingface_hub import constants
 from schedulers import scheduler_classes
 from settings import SettingsError
 from transformers import (
@@ -588,7 +591,7 @@ def test_loading_leaves_the_default_dtype_of_torch_alone(shipped):
     seen, done = set(), threading.Event()
 
     def watch():
-        while not done.is_set():
+        while not done.wait(0.0005):
             seen.add(torch.get_default_dtype())
 
     watcher = threading.Thread(target=watch)
@@ -667,7 +670,7 @@ def test_no_more_than_capacity_are_in_memory_at_any_time(five):
 
     def work(seed):
         try:
-            for i in range(6):
+            for i in range(3):
                 with catalog.borrow(f"model-{(seed + i * i) % 5}", "float32") as pipe:
                     with lock:
                         networks.add(pipe.unet)
@@ -677,14 +680,14 @@ def test_no_more_than_capacity_are_in_memory_at_any_time(five):
         except Exception as error:  # a thread would swallow it
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(5)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
     assert not errors and not any(thread.is_alive() for thread in threads)
     gc.collect()
-    assert len(most) == 36 and max(most) <= 2 and len(networks) == 2 and len(catalog.loaded) == 2
+    assert len(most) == 15 and max(most) <= 2 and len(networks) == 2 and len(catalog.loaded) == 2
 
 
 def test_those_who_share_a_model_load_it_once(five, caplog):
@@ -715,7 +718,7 @@ def test_who_waits_is_served_in_turn_and_may_give_up(five):
         try:
             with catalog.borrow(name, "float32", stop):
                 order.append(name)
-        except GaveUp:
+        except Stopped:
             order.append(f"{name} gave up")
 
     with catalog.borrow("model-0", "float32"):
@@ -779,10 +782,10 @@ HOSTILE = [
 def test_hostile_names_are_refused_at_once(shipped, monkeypatch, number):
     name = HOSTILE[number]
     monkeypatch.setattr("catalog.pull", lambda *arguments, **options: pytest.fail("it reached for the Hub"))
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(SettingsError) as error:
         shipped.describe(name)
-    assert time.perf_counter() - start < 0.5
+    assert time.thread_time() - start < 0.5
     assert len(str(error.value)) < 700
     assert str(error.value).isascii() and str(error.value).isprintable()
 
@@ -934,24 +937,21 @@ def test_code_that_an_export_of_ours_carries_is_not_run(hub, tmp_path):
 # The operator's settings
 
 
-def test_the_shipped_catalog_needs_no_network(root, fresh_python):
+def test_the_shipped_catalog_needs_no_network(tmp_path, monkeypatch):
     """With a socket that answers nobody, and huggingface_hub not told to stay offline."""
-    code = f"""
-import socket, sys
-def refuse(*arguments, **options):
-    raise AssertionError("it reached for the network")
-socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = socket.create_connection = refuse
-sys.path.insert(0, {str(root / "demo")!r})
-from catalog import Catalog
-catalog = Catalog.shipped()
-for name in catalog.names:
-    description = catalog.describe(name)
-    with catalog.borrow(name, "bfloat16") as pipe:
-        pipe(num_inference_steps=1, batch_size=1)
-print(*catalog.names)
-"""
-    output = fresh_python(code, root / "samples", HF_HUB_OFFLINE="0").stdout
-    assert output.split()[:4] == SHIPPED
+
+    def refuse(*arguments, **options):
+        pytest.fail("it reached for the network")
+
+    for name in ("create_connection", "getaddrinfo", "socket"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.chdir(tmp_path)
+    assert not constants.is_offline_mode()
+    catalog = Catalog.shipped()
+    assert catalog.names[:4] == SHIPPED
+    for name in SHIPPED:
+        with catalog.borrow(name, "bfloat16") as pipe:
+            pipe(num_inference_steps=1, batch_size=1)
 
 
 def test_the_operator_adds_models_and_settings(tmp_path, monkeypatch):
@@ -978,7 +978,31 @@ def test_settings_that_mean_nothing_are_told_to_the_operator(monkeypatch, name, 
 
 def test_descriptions_that_are_remembered_are_bounded(five, tmp_path, monkeypatch):
     monkeypatch.setattr("catalog.MAX_DESCRIPTIONS", 3)
-    catalog = Catalog({}, folders=[tmp_path])
-    for name in five:
+    catalog = Catalog({"mine": five["model-0"]}, folders=[tmp_path])
+    for name in ("mine", *five):
         catalog.describe(name)
-    assert list(catalog._descriptions) == list(five)[-3:]
+    remembered = [name for name in ("mine", *five, "../etc", "me/unknown") if catalog.described(name) is not None]
+    # The operator's stay; model-0 is one of them by another name.
+    assert remembered == ["mine", "model-0", *list(five)[-3:]]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_process_forked_while_a_model_loads_can_load_too():
+    """As ZeroGPU forks one for every comparison."""
+    holds = threading.Event()
+
+    def load():
+        with LOADING:
+            holds.set()
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    holds.wait()
+    child = os.fork()
+    if child == 0:
+        column = threading.Thread(target=lambda: os._exit(0 if LOADING.acquire(timeout=5) else 1))
+        column.start()
+        column.join()
+    assert os.waitpid(child, 0)[1] == 0
+    thread.join()

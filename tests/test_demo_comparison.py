@@ -13,10 +13,10 @@ import comparison as comparison_module
 import numpy as np
 import pytest
 import torch
-from catalog import Catalog, new_pipeline
+from catalog import Catalog, Stopped, new_pipeline
 from comparison import compare, message, sweep
 from judge import DIGITS, Judge
-from observation import MAX_FRAMES, MAX_POINTS, Observation, Stopped, clean_image
+from observation import MAX_FRAMES, MAX_POINTS, Observation, clean_image
 from pictures import contact_sheet, difference, enlarge, sweep_picture
 from PIL import Image
 from plan import generators, initial_noise, plan
@@ -601,14 +601,14 @@ def test_all_columns_start_from_the_same_noise(catalog):
 
 def test_first_preview_comes_after_the_first_step(catalog):
     moments = []
-    for states in compare(ask(replace(FILM, num_inference_steps=20), DILATED, num_images=3), catalog):
+    for states in compare(ask(replace(FILM, num_inference_steps=60), DILATED, num_images=3), catalog):
         moments.append((time.monotonic(), states))
     assert [state.status for state in moments[0][1]] != ["done", "done"]
     assert all(state.images for _, states in moments for state in states if state.step)
     assert all(len(state.images) in (0, 3) for _, states in moments for state in states)
     steps = [states[0].step for _, states in moments]
     assert steps == sorted(steps) and len(set(steps)) > 4
-    while_drawing = [now for now, states in moments if 0 < states[0].step < 20]
+    while_drawing = [now for now, states in moments if 0 < states[0].step < 60]
     assert min(b - a for a, b in itertools.pairwise(while_drawing)) > 0.1
     assert [state.status for state in moments[-1][1]] == ["done", "done"]
 
@@ -860,6 +860,13 @@ def test_sweep_stops_within_a_step(catalog):
         list(sweep(ask(FILM), 0, catalog, [1.0, 2.0], [3, 3], stop=lambda: len(calls) >= 4))
     calls.handle.remove()
     assert len(calls) == 4
+
+
+def test_sweep_stops_while_it_waits_for_a_place(root):
+    catalog = Catalog({name: root / "model_cards" / name for name in ("film-mnist", "dilated-mnist")}, capacity=1)
+    asked = []
+    with catalog.borrow("dilated-mnist", "float32"), pytest.raises(Stopped):
+        list(sweep(ask(FILM), 0, catalog, [1.0], [2], stop=lambda: asked.append(1) or len(asked) > 3))
 
 
 # Pictures

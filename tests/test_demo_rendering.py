@@ -149,7 +149,7 @@ def test_announcement_is_the_same_while_drawing():
     drawing = [state(status="drawing", step=step) for step in (3, 4)]
     assert {rendering.announcement([one, state()]) for one in drawing} == {"Drawing."}
     assert rendering.announcement([state(), state(status="stopped", verdicts=None)]) == (
-        "A is done in 1.2 s, 1 of 2 as wanted; B was stopped."
+        "A is done in 1.2 s, the judge reads 1 of 2 as wanted; B was stopped."
     )
 
 

@@ -93,34 +93,14 @@ for file in sorted(Path.cwd().glob("*/code.py")):
 """
 
 
-def assert_code_draws_the_same(catalog, groups: list[Comparison], folder: Path, fresh_python) -> None:
-    """Runs the code of all columns as pasted, in one process, and compares every pixel with what was drawn."""
-    drawn = {}
-    for i, comparison in enumerate(groups):
-        for j, state in enumerate(last_states(comparison, catalog)):
-            place = folder / f"{i}{LETTERS[j]}"
-            place.mkdir()
-            (place / "model_cards").symlink_to(ROOT / "model_cards")
-            description = catalog.describe(comparison.columns[j].model)
-            (place / "code.py").write_text(code(comparison, j, description), encoding="utf-8")
-            drawn[place] = comparison.columns[j], state.images
-    fresh_python(RUN, folder, OMP_NUM_THREADS="2")
-    for place, (column, images) in drawn.items():
-        files = sorted(place.glob("*.png"))
-        assert len(files) == len(images) > 0, column
-        for file, image in zip(files, images, strict=True):
-            with Image.open(file) as saved:
-                assert saved.mode == image.mode and np.array_equal(saved, image), (column, file.name)
-
-
-def test_pasted_code_draws_the_same_pixels(catalog, tmp_path, fresh_python):
+def of_shipped_models() -> list[Comparison]:
     groups = comparisons(KINDS, class_labels=("three", "8"), num_images=3, seed=7)
     groups.append(replace(groups[0], class_labels=(), columns=groups[0].columns[:1], num_images=1))
     groups.append(Comparison(columns=tuple(columns("dilated-mnist", {})), num_images=2, height=24, width=40))
-    assert_code_draws_the_same(catalog, groups, tmp_path, fresh_python)
+    return groups
 
 
-def test_pasted_code_of_other_pipelines(tmp_path, fresh_python):
+def of_other_pipelines(folder: Path) -> tuple[Catalog, list[Comparison]]:
     """Pipelines of diffusers, as themselves and in ours; autoguidance; texts."""
     pipelines = {
         "ddpm": DDPMPipeline(unet_of_diffusers(), DDPMScheduler()),
@@ -129,15 +109,36 @@ def test_pasted_code_of_other_pipelines(tmp_path, fresh_python):
         "sd": stable_diffusion(),
     }
     for name, pipe in pipelines.items():
-        pipe.save_pretrained(tmp_path / "models" / name)
-    catalog = Catalog({name: tmp_path / "models" / name for name in pipelines})
+        pipe.save_pretrained(folder / name)
     changes = [{}, FREE, {"guidance": "autoguidance", "guidance_scale": 2.0}, FREE]
-    kinds = [columns(name, change)[0] for name, change in zip(pipelines, changes, strict=True)]
     text = {"prompt": "a \"cat\"\nin \\ the #1 'hat'", "negative_prompt": "dog"}
-    groups = comparisons(kinds, class_labels=("1", "2"), num_images=2, **text)
-    groups = [replace(group, columns=(column,)) for group in groups for column in group.columns]
-    (tmp_path / "code").mkdir()
-    assert_code_draws_the_same(catalog, groups, tmp_path / "code", fresh_python)
+    groups = [
+        Comparison(columns=tuple(columns(name, change)), class_labels=("1", "2"), num_images=2, **text)
+        for name, change in zip(pipelines, changes, strict=True)
+    ]
+    return Catalog({name: folder / name for name in pipelines}), groups
+
+
+def test_pasted_code_draws_the_same_pixels(catalog, tmp_path, fresh_python):
+    """The code of every column as pasted, all in one fresh process, against what the demo draws."""
+    others, groups = of_other_pipelines(tmp_path / "models")
+    drawn = {}
+    for i, comparison in enumerate([*of_shipped_models(), *groups]):
+        models = others if comparison in groups else catalog
+        for j, state in enumerate(last_states(comparison, models)):
+            place = tmp_path / f"{i:02}{LETTERS[j]}"
+            place.mkdir()
+            (place / "model_cards").symlink_to(ROOT / "model_cards")
+            description = models.describe(comparison.columns[j].model)
+            (place / "code.py").write_text(code(comparison, j, description), encoding="utf-8")
+            drawn[place] = comparison.columns[j], state.images
+    fresh_python(RUN, tmp_path, OMP_NUM_THREADS="2")
+    for place, (column, images) in drawn.items():
+        files = sorted(place.glob("*.png"))
+        assert len(files) == len(images) > 0, column
+        for file, image in zip(files, images, strict=True):
+            with Image.open(file) as saved:
+                assert saved.mode == image.mode and np.array_equal(saved, image), (column, file.name)
 
 
 def test_code_reads_as_one_would_write_it(catalog):

@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import settings
 import tomllib
 import yaml
+from catalog import Catalog
+from comparison import MAX_CELLS
 from gradio_client import Client
 from hub_repository import check_card
 from huggingface_hub import snapshot_download
@@ -98,6 +101,17 @@ def test_readme_names_what_there_is(root, readme):
     documented = set(re.findall(r"`DIFFUSERS_EXT_DEMO_(\w+)`", readme))
     read = re.findall(r'(?:_number\(["]|_flag\(["]|ENVIRONMENT\}|DIFFUSERS_EXT_DEMO_)([A-Z_]*[A-Z])', code)
     assert documented and documented == set(read)
+    defaults = dict(re.findall(r"^\| `DIFFUSERS_EXT_DEMO_(\w+)` \|.*\| (\d+) \|$", readme, re.MULTILINE))
+    catalog = Catalog.shipped()
+    values = {"CAPACITY": catalog.capacity, "HUB": catalog.allow_hub, "MAX_BYTES": catalog.max_bytes}
+    values |= {"MAX_WORK": settings.max_work(), "TRUST_REMOTE_CODE": catalog.trust_remote_code}
+    assert {name: int(value) for name, value in defaults.items()} == values
+    limits = (
+        f"{settings.MAX_COLUMNS} columns, {settings.MAX_IMAGES} images, {settings.MAX_STEPS} steps, "
+        f"guidance scales to {settings.MAX_SCALE:g}, prompts of {settings.MAX_PROMPT} characters, "
+        f"images of {settings.MAX_SIZE} pixels, {MAX_CELLS} cells"
+    )
+    assert limits in " ".join(readme.split())
 
 
 # What a Space holds
@@ -248,17 +262,20 @@ def test_models_that_cannot_be_shown(hub, hub_token, clone, model, tmp_path):
 def test_an_installed_package_alone_says_what_to_do(clone, tmp_path, fresh_python):
     shutil.copytree(clone / "diffusers_ext", tmp_path / "site" / "diffusers_ext")
     shutil.copytree(clone / "pipelines", tmp_path / "site" / "diffusers_ext" / "pipelines")
-    code = (
-        "import sys\n"
-        "sys.meta_path = [f for f in sys.meta_path if not getattr(f, '__module__', '').startswith('__editable__')]\n"
-        "from diffusers_ext.cli import main\n"
-        "try:\n    main(['push', '--space', 'me/x'])\n"
-        "except SystemExit as stopped:\n    print(stopped.code)\n"
-    )
-    told = fresh_python(code, tmp_path, PYTHONPATH=str(tmp_path / "site")).stdout
-    assert "in a clone of the repository" in told
-    told = fresh_python(code, clone, PYTHONPATH=str(tmp_path / "site"), HF_TOKEN="").stdout
-    assert "access token" in told  # in a clone it goes on
+    code = f"""
+import os, sys
+sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+from diffusers_ext.cli import main
+for folder in ({str(tmp_path)!r}, {str(clone)!r}):
+    os.chdir(folder)
+    try:
+        main(["push", "--space", "me/x"])
+    except SystemExit as stopped:
+        print(stopped.code)
+"""
+    alone, in_clone = fresh_python(code, tmp_path, PYTHONPATH=str(tmp_path / "site"), HF_TOKEN="").stdout.splitlines()
+    assert "in a clone of the repository" in alone
+    assert "access token" in in_clone  # it goes on
 
 
 @pytest.mark.parametrize(
@@ -350,5 +367,5 @@ def test_python_of_the_readme_runs(space, readme, tmp_path, fresh_python):
     client = Client(space[1], verbose=False)
     assert named == set(client.view_api(return_format="dict", print_info=False)["named_endpoints"])
     told = fresh_python(code.replace("http://127.0.0.1:7860", space[1]), tmp_path).stdout
-    assert "stopped" in told or "done" in told
+    assert [line[:6] for line in told.splitlines()[:2]] == ["A done", "B done"]
     assert {"A-three.png", "B-seven.png", "sweep.png"} <= {path.name for path in tmp_path.iterdir()}
