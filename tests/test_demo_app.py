@@ -14,7 +14,6 @@ from urllib.request import Request, urlopen
 import gradio as gr
 import numpy as np
 import pytest
-import torch
 from app import Page, build, launch, numbers
 from catalog import Catalog
 from comparison import ColumnState, compare
@@ -45,11 +44,8 @@ def pixels(uri: str) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def catalog() -> Iterator[Catalog]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield Catalog.shipped()
-    torch.set_num_threads(threads)
+def catalog(one_thread) -> Catalog:
+    return Catalog.shipped()
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +226,36 @@ def test_hostile_arguments_are_refused_with_a_reason(client, endpoint, arguments
         client.predict(*arguments, api_name=endpoint)
     text = str(refusal.value)
     assert 10 < len(text) < 600 and "Traceback" not in text and "NoneType" not in text
+
+
+def post(address: str, path: str, body: bytes, kind: str = "application/json") -> bytes:
+    """The answer to a bare request without a session."""
+    with urlopen(Request(f"{address}gradio_api/{path}", body, {"Content-Type": kind}), timeout=60) as answer:
+        return answer.read()
+
+
+def test_those_without_a_session_do_not_stop_one_another(address):
+    slow = {"columns": [FILM | {"num_inference_steps": 60}], "class_labels": ["three"], "num_images": 1}
+    answers = []
+
+    def draw():
+        answers.append(json.loads(post(address, "run/draw", json.dumps({"data": [slow, "same"]}).encode())))
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    while thread.is_alive():
+        assert json.loads(post(address, "run/stop", b'{"data": ["same"]}'))["data"] == [False]
+        time.sleep(0.05)
+    assert answers[0]["data"][0]["columns"][0]["status"] == "done"
+
+
+def test_files_that_nobody_asked_for_are_refused(address):
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n' + bytes(10**6) + b"\r\n--x--\r\n"
+    )
+    with pytest.raises(HTTPError) as error:
+        post(address, "upload", body, "multipart/form-data; boundary=x")
+    assert error.value.code == 413
 
 
 @pytest.mark.parametrize(

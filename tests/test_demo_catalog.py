@@ -968,12 +968,27 @@ def test_the_operator_adds_models_and_settings(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("CAPACITY", "0"), ("CAPACITY", "many"), ("HUB", "yes"), ("MAX_BYTES", "-1")]
+    ("name", "value"),
+    [
+        ("CAPACITY", "0"),
+        ("CAPACITY", "many"),
+        ("HUB", "yes"),
+        ("MAX_BYTES", "-1"),
+        ("DEVICE", "toaster"),
+        ("FOLDERS", "/no/such/folder"),
+    ],
 )
 def test_settings_that_mean_nothing_are_told_to_the_operator(monkeypatch, name, value):
     monkeypatch.setenv(f"DIFFUSERS_EXT_DEMO_{name}", value)
     with pytest.raises(ValueError, match=f"DIFFUSERS_EXT_DEMO_{name}"):
         Catalog.shipped()
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "model_cards", "runs/mine/unet", "mine", ""])
+def test_a_model_that_cannot_be_one_is_told_to_the_operator(root, monkeypatch, source):
+    monkeypatch.chdir(root)
+    with pytest.raises(ValueError, match="`models` holds .*Hub id"):
+        Catalog.shipped([source])
 
 
 def test_descriptions_that_are_remembered_are_bounded(five, tmp_path, monkeypatch):

@@ -53,6 +53,7 @@ from diffusers_ext import (
 from diffusers_ext.guidance import noise_level_rule, prediction_type
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WANTED = [1, 2, 3]
 
 
@@ -495,14 +496,6 @@ def test_latents_that_cannot_be_decoded_have_no_previews(caplog):
 
 
 # Comparisons
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
