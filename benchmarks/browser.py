@@ -187,7 +187,8 @@ class Visitor:
 
     def wait_for_pictures(self, column: str = "a") -> None:
         """Waits for the first previews of a run that has been asked for."""
-        self.page.locator(f"#pictures-{column} [data-status=drawing]:not([data-old]) img").first.wait_for()
+        bar = "[role=progressbar]:not([aria-valuenow='0'])"  # before its first step a column shows its noise
+        self.page.locator(f"#pictures-{column} [data-status=drawing]:not([data-old]) {bar}").wait_for()
 
     def wait_until_settled(self, columns: str = "ab", seconds: float = 60) -> None:
         """Waits until these columns are done, stopped or failed, and the page takes the next run."""

@@ -24,6 +24,7 @@ VIEWS = {
     "dark": {"viewport": {"width": 1440, "height": 900}, "color_scheme": "dark"},
     "phone": {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True},
 }
+HALF_WAY = "() => document.querySelector('#pictures-b [role=progressbar]')?.ariaValueNow >= 40"
 
 
 def screen(page: "Page") -> Image.Image:
@@ -56,7 +57,7 @@ def main(output: Path = APP.parent / "screenshots", preset: str = "Guidance off 
             visitor = Visitor(page, demo.url)
             visitor.start(preset)
             if name == "light":
-                visitor.wait_for_pictures()
+                page.wait_for_function(HALF_WAY)
                 save_small(screen(page), output / "drawing.png")
             visitor.wait_until_settled()
             page.mouse.move(0, 0)

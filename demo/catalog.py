@@ -35,7 +35,7 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 
 from diffusers_ext import ClassConditionalPipeline, ClassifierGuidedPipeline
-from diffusers_ext.evaluation.drawing import class_ids_of
+from diffusers_ext.evaluation.drawing import SCHEDULERS, class_ids_of
 from diffusers_ext.guidance import check_scheduler
 from diffusers_ext.hub.flattening import plain_index
 from diffusers_ext.hub.loading import load_pipeline
@@ -63,6 +63,7 @@ TEXT_TO_IMAGE = {"prompt", "num_inference_steps", "guidance_scale", "generator",
 OTHER_KINDS = {"image", "mask_image", "control_image", "video", "num_frames", "audio_length_in_s"}
 
 DEFAULT_SCHEDULER = "DPMSolverMultistepScheduler"
+COMMON_SCHEDULERS = frozenset(SCHEDULERS.values())  # come first in lists
 # Good scales, by the evaluations in the cards of the shipped models; that of latents and texts is `DiTPipeline`'s.
 CLASSIFIER_SCALE, PIXEL_SCALE, LATENT_SCALE, AUTOGUIDANCE_SCALE = 6.0, 2.0, 4.0, 2.0
 
@@ -585,7 +586,7 @@ def _describe(source: _Source, loaded: DiffusionPipeline, device: str) -> Descri
         resizable="height" in inspect.signature(pipe.__call__).parameters
         and not (is_ours and pipe.components.get("transformer") is not None),
         guidance=_guidance(pipe, network, schedulers),
-        schedulers=tuple(schedulers),
+        schedulers=tuple(sorted(schedulers, key=lambda name: name not in COMMON_SCHEDULERS)),
         default_scheduler=DEFAULT_SCHEDULER if DEFAULT_SCHEDULER in schedulers else type(pipe.scheduler).__name__,
         eta_schedulers=tuple(name for name in schedulers if takes_eta_too and takes_eta(getattr(diffusers, name))),
         dtypes=("float32", "bfloat16") + (("float16",) if device.startswith("cuda") else ()),

@@ -199,7 +199,7 @@ class Endpoints:
     ) -> Iterator[tuple]:
         """Progress of a sweep, and its picture at the end, unless it was stopped."""
         with self.runs.running(session, name) as run:
-            yield from self.swept(comparison.to_json(), index, list(scales), list(steps), run)
+            yield from self.swept(comparison.to_json(), index, scales, steps, run)
 
     def checked(self, comparison: Comparison) -> Comparison:
         """The comparison with everything that its models fill in.

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from catalog import Stopped
 from judge import Judge
+from pictures import reduced
 from PIL.Image import Image
 from torch import nn
 
@@ -39,6 +40,7 @@ from diffusers_ext.sampling import PipelineMixin
 
 
 MAX_FRAMES = 12  # of the film strip
+MAX_FRAME = 128  # pixels of its images, since a session keeps them all
 MAX_POINTS = 50  # of the plot of probabilities: reading an image costs about as much as a step of a small model
 logger = logging.getLogger(__name__)
 _HOOKS = (
@@ -331,7 +333,7 @@ class Observation:
                 self._clean = self._next_clean
             if frame is not None:
                 self._preview = self.step, frame
-                self.frames.append(frame)
+                self.frames.append([reduced(image, MAX_FRAME) for image in frame])
                 self.frame_steps.append(self.step)
         self.changed()
 

@@ -82,6 +82,9 @@
   const kept = localStorage.getItem("theme");
   if (kept) document.body.classList.toggle("dark", kept === "dark");
 
+  // Who has gone elsewhere by a click is not led back to a field that was held.
+  document.addEventListener("pointerdown", () => (changes.focused = null), true);
+
   document.addEventListener("focusin", ({ target }) => {
     if (target.matches('[aria-label="Model"]')) target.dataset.before = target.value;
   });

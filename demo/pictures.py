@@ -21,6 +21,15 @@ def enlarge(image: Image.Image, side: int = 320) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
+def reduced(image: Image.Image, limit: int) -> Image.Image:
+    """The image, smaller where a side is longer than `limit` pixels."""
+    if max(image.size) <= limit:
+        return image
+    scale = limit / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
 def contact_sheet(images: Sequence[Image.Image], side: int = 96, columns: int | None = None) -> Image.Image:
     """Images in rows, enlarged to about `side` pixels.
 
@@ -82,7 +91,7 @@ def sweep_picture(
     """
     side = min(side, max(32, 160 // math.ceil(math.sqrt(len(rows[0][0])))))
     most = max(64, MAX_TABLE // (len(steps) * math.ceil(math.sqrt(len(rows[0][0])))))
-    cells = [[contact_sheet([_shrink(image, most) for image in images], side) for images in row] for row in rows]
+    cells = [[contact_sheet([reduced(image, most) for image in images], side) for images in row] for row in rows]
     width, height = cells[0][0].size
     font, small = ImageFont.load_default(16), ImageFont.load_default(13)
     captions = [f"{scale:g}" for scale in guidance_scales]
@@ -103,15 +112,6 @@ def sweep_picture(
         for j, cell in enumerate(row):
             table.paste(cell, (left + j * (width + space), y))
     return table
-
-
-def _shrink(image: Image.Image, side: int) -> Image.Image:
-    """The image, or where it is larger than `side` pixels a smaller one."""
-    if max(image.size) <= side:
-        return image
-    image = image.copy()
-    image.thumbnail((side, side))
-    return image
 
 
 def _common(first: Image.Image, second: Image.Image) -> list[np.ndarray]:

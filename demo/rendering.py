@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from html import escape
 
 from comparison import ColumnState
+from observation import MAX_FRAME
+from pictures import reduced
 from PIL import Image
 from settings import LETTERS
 
 
 MAX_PREVIEW = 384  # pixels: larger previews travel smaller
-MAX_FRAME = 128  # pixels, of the film strip
 MAX_LARGE = 768  # pixels, where images are looked at closely
 
 
@@ -28,11 +29,7 @@ def png_uri(image: Image.Image) -> str:
 
 def picture_uri(image: Image.Image, limit: int = MAX_PREVIEW) -> str:
     """Small images exactly; those larger than `limit` pixels smaller and with losses, for looking only."""
-    if max(image.size) <= limit:
-        return png_uri(image)
-    scale = limit / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return _uri(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), "WEBP")
+    return png_uri(image) if max(image.size) <= limit else _uri(reduced(image, limit), "WEBP")
 
 
 def _uri(image: Image.Image, kind: str) -> str:

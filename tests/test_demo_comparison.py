@@ -473,6 +473,13 @@ def test_text_to_image_through_the_catalog(make, guidance, evaluations, tmp_path
     assert len(state.guidance_norm) == (4 if guidance == "classifier-free" else 0)
 
 
+def test_the_film_strip_of_large_images_is_small():
+    call = {"class_labels": WANTED, "guidance_scale": 1.0, "num_inference_steps": 2, "height": 160, "width": 320}
+    observation, images = observe(class_conditional(), call, class_ids=WANTED, size=(160, 320))
+    assert {image.size for frame in observation.frames for image in frame} == {(128, 64)}
+    assert {image.size for image in observation.images()} == {(320, 160)}
+
+
 @pytest.mark.parametrize("make", [stable_diffusion, stable_diffusion_3, flux])
 def test_the_last_preview_of_latents_is_the_image(make):
     pipe = make()
