@@ -369,7 +369,8 @@ class Catalog:
             )
         raise SettingsError(
             f"`model` is {show(model)}, which is no model of this demo: neither one of {', '.join(self._models)}, nor "
-            "a folder that its operator allows, nor a Hub id such as google/ddpm-cifar10-32."
+            f"a folder that its operator allows (--models, {ENVIRONMENT}FOLDERS), nor a Hub id such as "
+            "google/ddpm-cifar10-32."
         )
 
     def _allowed_folder(self, model: str) -> Path | None:
