@@ -477,7 +477,7 @@ class Page:
         self.dice.click(lambda: randrange(MAX_SEED), None, self.shared["seed"], **quick)
         self.count.input(
             self.on_count,
-            [self.count, *controls],
+            controls,
             [*frames, self.left, self.right, self.sweep_column, self.shared["classes"], self.texts, self.sizes],
             **raw,
             **quick,
@@ -564,32 +564,33 @@ class Page:
         rest = [gr.update(interactive=not drawing) for _ in (self.draw_sweep, *self.presets)]
         return [gr.update(interactive=not drawing), gr.update(interactive=drawing), *rest]
 
+    def named(self, values: Sequence) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What the controls send, by name: those that are shared, and those of every column in use."""
+        count, *values = values
+        size, columns = len(Panel.names), values[len(self.shared_names) :]
+        in_use = [dict(zip(Panel.names, columns[index * size :])) for index in range(int(count))]
+        return dict(zip(self.shared_names, values)), in_use
+
     def read(self, values: Sequence) -> Comparison:
         """The comparison that the controls show.
 
         Raises:
             SettingsError: for what cannot be drawn.
         """
-        count, shared, rest = (
-            int(values[0]),
-            dict(zip(self.shared_names, values[1 : 1 + len(self.shared_names)])),
-            values[1 + len(self.shared_names) :],
-        )
-        columns = []
-        for index in range(count):
-            column = dict(zip(Panel.names, rest[index * len(Panel.names) :]))
-            columns.append(
-                {
-                    "model": column["model"].strip() if isinstance(column["model"], str) else column["model"],
-                    "scheduler": column["scheduler"] or None,
-                    "num_inference_steps": whole(column["steps"]),
-                    "guidance": column["guidance"],
-                    "guidance_scale": column["scale"],
-                    "guidance_interval": [column["start"], column["end"]],
-                    "eta": column["eta"],
-                    "dtype": column["dtype"],
-                }
-            )
+        shared, in_use = self.named(values)
+        columns = [
+            {
+                "model": column["model"].strip() if isinstance(column["model"], str) else column["model"],
+                "scheduler": column["scheduler"] or None,
+                "num_inference_steps": whole(column["steps"]),
+                "guidance": column["guidance"],
+                "guidance_scale": column["scale"],
+                "guidance_interval": [column["start"], column["end"]],
+                "eta": column["eta"],
+                "dtype": column["dtype"],
+            }
+            for column in in_use
+        ]
         return Comparison.from_json(
             {
                 "columns": columns,
@@ -615,11 +616,11 @@ class Page:
             note = rendering.message(f"The link could not be restored: {error}", "warning")
         return self.fill(comparison) | self.start_pictures(comparison) | {self.live: note, self.lock: True}
 
-    def on_count(self, count: str, *values) -> dict:
+    def on_count(self, *values) -> dict:
         """More or fewer columns."""
-        names = len(Panel.names)
-        models = [values[1 + len(self.shared_names) + index * names] or "" for index in range(int(count))]
-        return self.show_columns(int(count)) | self.shared_updates(models, values[1])
+        shared, columns = self.named(values)
+        models = [column["model"] or "" for column in columns]
+        return self.show_columns(len(columns)) | self.shared_updates(models, shared["classes"])
 
     def shared_updates(self, models: Sequence[str], classes: Sequence[str] | None) -> dict:
         """Updates of the shared controls for the models in use. Classes that none of them knows leave."""
@@ -637,10 +638,8 @@ class Page:
         panel = self.panels[index]
 
         def on_model(request: gr.Request, settled: tuple[str, str], *values) -> dict:
-            names = len(Panel.names)
-            rest = values[1 + len(self.shared_names) :]
-            models = [(rest[i * names] or "").strip() for i in range(int(values[0]))]
-            now = dict(zip(Panel.names, rest[index * names : (index + 1) * names]))
+            shared, columns = self.named(values)
+            models, now = [(column["model"] or "").strip() for column in columns], columns[index]
             if models[index] == settled[0]:
                 return {panel.settled: settled}
             try:
@@ -664,7 +663,7 @@ class Page:
             if updates["eta"]["visible"]:
                 del updates["eta"]["value"]
             changed = {panel.controls[name]: gr.update(**update) for name, update in updates.items()}
-            changed |= self.shared_updates(models, values[1]) | {panel.settled: (models[index], guidance)}
+            changed |= self.shared_updates(models, shared["classes"]) | {panel.settled: (models[index], guidance)}
             if not self.endpoints.runs.active(request.session_hash, "page"):
                 try:
                     changed[panel.pictures] = self.started(self.read(values), index)

@@ -27,7 +27,7 @@ import accelerate
 import torch
 from huggingface_hub import constants
 from schedulers import scheduler_classes, takes_eta, working_schedulers
-from settings import SettingsError
+from settings import ENVIRONMENT, SettingsError, operators_number
 from transformers import PreTrainedModel
 
 import diffusers
@@ -47,7 +47,6 @@ from diffusers_ext.sampling import height_width, image_channels, null_label, num
 logger = logging.getLogger(__name__)
 
 SHIPPED = ("film-mnist", "dit-gqa-mnist", "adm-mnist", "dilated-mnist")  # the order in which they are shown
-ENVIRONMENT = "DIFFUSERS_EXT_DEMO_"
 MAX_BYTES = 6 << 30  # of a repository that a visitor names; Stable Diffusion 1.5 has 5.5 GB
 FREE_BYTES = 2 << 30  # of the disk, which downloads leave
 MAX_DESCRIPTIONS = 64  # that are remembered, besides those of the operator's models
@@ -208,12 +207,12 @@ class Catalog:
                 raise ValueError(f"`{ENVIRONMENT}FOLDERS` holds {folder!r}; there is no such folder.")
         return cls(
             models,
-            capacity=_number("CAPACITY", 4),
+            capacity=operators_number("CAPACITY", 4),
             device=_device(),
             folders=[root, *(Path(folder).expanduser() for folder in folders)],
             allow_hub=_flag("HUB", True),
             trust_remote_code=_flag("TRUST_REMOTE_CODE", False),
-            max_bytes=_number("MAX_BYTES", MAX_BYTES),
+            max_bytes=operators_number("MAX_BYTES", MAX_BYTES),
         )
 
     @property
@@ -468,13 +467,6 @@ def _free_bytes() -> int:
     cache = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
     return max(0, shutil.disk_usage(there).free - FREE_BYTES)
-
-
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(f"{ENVIRONMENT}{name}") or str(default)
-    if not re.fullmatch("[0-9]{1,18}", text) or int(text) < 1:
-        raise ValueError(f"`{ENVIRONMENT}{name}` is {text!r}; it must be a whole number of at least 1.")
-    return int(text)
 
 
 def _device() -> str | None:

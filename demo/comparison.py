@@ -15,7 +15,7 @@ from observation import Observation
 from pictures import sweep_picture
 from PIL.Image import Image
 from plan import class_ids, generators, initial_noise, plan, wanted_labels
-from settings import MAX_WORK, Comparison, SettingsError, shown
+from settings import Comparison, SettingsError, check_work, shown
 
 import diffusers
 
@@ -344,10 +344,5 @@ def _cells(
         ]
         for scale in guidance_scales
     ]
-    work = comparison.num_images * len(guidance_scales) * sum(steps)
-    if work > MAX_WORK:
-        raise SettingsError(
-            f"{comparison.num_images} images in all these steps are {work} image steps; at most {MAX_WORK} are drawn "
-            "at once here. Choose fewer images, steps or guidance scales."
-        )
+    check_work(comparison.num_images, len(guidance_scales) * sum(steps), "guidance scales")
     return cells

@@ -270,8 +270,8 @@ class Endpoints:
         def sweep_endpoint(
             settings: dict,
             column: str = "A",
-            guidance_scales: list[float] = [0, 1, 2, 4],  # noqa: B006
-            num_inference_steps: list[int] = [5, 10, 20],  # noqa: B006
+            guidance_scales: list[float] = [0, 1, 2, 4],
+            num_inference_steps: list[int] = [5, 10, 20],
             run: str = "",
             request: gr.Request = None,
         ) -> dict:

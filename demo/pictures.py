@@ -1,5 +1,6 @@
 """Pictures of pictures: enlarged, side by side, their difference, and a sweep as one table."""
 
+import io
 import math
 from collections.abc import Sequence
 
@@ -19,6 +20,13 @@ def enlarge(image: Image.Image, side: int = 320) -> Image.Image:
     """The image with crisp pixels, a whole number of times as large: about `side` pixels, never smaller than it is."""
     factor = max(1, round(side / max(image.size)))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    """The content of an image file of this kind."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
 
 
 def reduced(image: Image.Image, limit: int) -> Image.Image:

@@ -4,7 +4,6 @@ Every text that comes from outside is escaped. Images are data URIs in their own
 """
 
 import base64
-import io
 import keyword
 import math
 import re
@@ -13,7 +12,7 @@ from html import escape
 
 from comparison import ColumnState
 from observation import MAX_FRAME
-from pictures import reduced
+from pictures import encoded, reduced
 from PIL import Image
 from settings import LETTERS
 
@@ -33,9 +32,7 @@ def picture_uri(image: Image.Image, limit: int = MAX_PREVIEW) -> str:
 
 
 def _uri(image: Image.Image, kind: str) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded(image, kind)).decode()}"
 
 
 def column(letter: str, state: ColumnState, noise: Sequence[Image.Image] = ()) -> str:
@@ -174,11 +171,7 @@ def differences(first: str, second: str, pictures: Sequence[tuple[Image.Image, f
 
 def sweep_progress(share: float) -> str:
     """Progress bar of a sweep."""
-    percent = round(100 * share)
-    return (
-        f'<div class="bar" role="progressbar" aria-label="Sweep" aria-valuemin="0" aria-valuemax="100" '
-        f'aria-valuenow="{percent}"><span style="width: {percent}%"></span></div>'
-    )
+    return _bar("bar", "Sweep", share)
 
 
 def nothing(text: str) -> str:
@@ -289,11 +282,16 @@ def _round_up(value: float) -> float:
 
 
 def _progress(letter: str, state: ColumnState) -> str:
-    percent = round(100 * state.step / state.num_steps) if state.num_steps else 0
+    share = state.step / state.num_steps if state.num_steps else 0
+    line = f'<p class="status"><span class="line">{escape(status_line(state))}</span>{_score(state)}</p>'
+    return line + _bar(f"bar {letter}", f"Progress of column {letter}", share)
+
+
+def _bar(classes: str, name: str, share: float) -> str:
+    percent = round(100 * share)
     return (
-        f'<p class="status"><span class="line">{escape(status_line(state))}</span>{_score(state)}</p>'
-        f'<div class="bar {letter}" role="progressbar" aria-label="Progress of column {letter}" aria-valuemin="0" '
-        f'aria-valuemax="100" aria-valuenow="{percent}"><span style="width: {percent}%"></span></div>'
+        f'<div class="{classes}" role="progressbar" aria-label="{name}" aria-valuemin="0" aria-valuemax="100" '
+        f'aria-valuenow="{percent}"><span style="width: {percent}%"></span></div>'
     )
 
 
@@ -354,11 +352,10 @@ def _badge(label: str | None, verdict: tuple[str, float] | None) -> str:
 
 
 def _cell(image: Image.Image, alt: str, label: str, badge: str) -> str:
-    crisp = " crisp" if max(image.size) <= 96 else ""
+    crisp = "crisp" if max(image.size) <= 96 else ""
     caption = f"<figcaption><span>{escape(label)}</span>{badge}</figcaption>" if label or badge else ""
     return (
-        f'<figure class="cell"><img class="{crisp.strip()}" src="{picture_uri(image)}" alt="{escape(alt)}">'
-        f"{caption}</figure>"
+        f'<figure class="cell"><img class="{crisp}" src="{picture_uri(image)}" alt="{escape(alt)}">{caption}</figure>'
     )
 
 

@@ -13,6 +13,7 @@ import unicodedata
 from dataclasses import dataclass, fields, replace
 
 
+ENVIRONMENT = "DIFFUSERS_EXT_DEMO_"  # what names of environment variables begin with
 MIN_COLUMNS, MAX_COLUMNS = 1, 4
 MAX_IMAGES = 12
 MAX_STEPS = 250
@@ -43,16 +44,21 @@ _WRITTEN = "\n\t\u200c\u200d"
 _SHOWN = 40  # characters of a refused value in a message
 
 
-def max_work() -> int:
-    """Most images times steps of a comparison, which the operator may set.
+def operators_number(name: str, default: int) -> int:
+    """What the operator has set by the environment variable of this name, behind `ENVIRONMENT`.
 
     Raises:
-        ValueError: when the environment holds something else than a number of at least 1.
+        ValueError: when it holds something else than a whole number of at least 1.
     """
-    text = os.environ.get("DIFFUSERS_EXT_DEMO_MAX_WORK", "") or str(MAX_IMAGES * MAX_COLUMNS * MAX_STEPS)
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise ValueError(f"DIFFUSERS_EXT_DEMO_MAX_WORK is {text!r}; it must be a whole number of at least 1.")
+    text = os.environ.get(f"{ENVIRONMENT}{name}") or str(default)
+    if not re.fullmatch("[0-9]{1,18}", text) or int(text) < 1:
+        raise ValueError(f"`{ENVIRONMENT}{name}` is {text!r}; it must be a whole number of at least 1.")
     return int(text)
+
+
+def max_work() -> int:
+    """Most images times steps of a comparison."""
+    return operators_number("MAX_WORK", MAX_IMAGES * MAX_COLUMNS * MAX_STEPS)
 
 
 MAX_WORK = max_work()
@@ -173,12 +179,7 @@ class Comparison:
                 _check_integer(name, value, SIZE_UNIT, MAX_SIZE)
                 if value % SIZE_UNIT:
                     raise SettingsError(f"`{name}` is {value}; it must be a multiple of {SIZE_UNIT} pixels.")
-        work = self.num_images * sum(column.num_inference_steps for column in columns)
-        if work > MAX_WORK:
-            raise SettingsError(
-                f"{self.num_images} images in all these steps are {work} image steps; at most {MAX_WORK} are drawn at "
-                "once here. Choose fewer images, steps or columns."
-            )
+        check_work(self.num_images, sum(column.num_inference_steps for column in columns), "columns")
         length = len(to_link(self))
         if length > MAX_LINK:
             raise SettingsError(
@@ -210,6 +211,22 @@ class Comparison:
             column["guidance_interval"] = list(column["guidance_interval"])
         data["class_labels"] = list(self.class_labels)
         return data
+
+
+def check_work(num_images: int, steps: int, fewer: str) -> None:
+    """Raises a SettingsError for more than `MAX_WORK` images times steps.
+
+    Args:
+        num_images: drawn in every step.
+        steps: in all.
+        fewer: what there may be fewer of, besides images and steps.
+    """
+    work = num_images * steps
+    if work > MAX_WORK:
+        raise SettingsError(
+            f"{num_images} images in all these steps are {work} image steps; at most {MAX_WORK} are drawn at once "
+            f"here. Choose fewer images, steps or {fewer}."
+        )
 
 
 def to_link(comparison: Comparison) -> str:

@@ -7,7 +7,6 @@ import tempfile
 import textwrap
 import zipfile
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import gradio
 import torch
 from catalog import Description
 from comparison import ColumnState
+from pictures import encoded
 from plan import OWN_PIPELINES, class_ids, noise_crop, plan, seeds
 from settings import LETTERS, Column, Comparison, SettingsError, to_link
 
@@ -114,7 +114,7 @@ def archive(
         for j, image in enumerate(state.images):
             label = state.labels[j] if state.labels and state.labels[j] is not None else "any"
             files.append(f"{letter}-{_file_name(column.model)}/{j}-{_file_name(label)}.png")
-            contents[files[-1]] = _png(image)
+            contents[files[-1]] = encoded(image)
         entry: dict[str, Any] = {"column": letter, "images": files}
         if description is not None:
             entry |= {"source": description.source, "pipeline": description.pipeline}
@@ -196,9 +196,3 @@ def _names(comparison: Comparison, description: Description) -> str:
 def _file_name(text: str) -> str:
     """A part of a path that every system takes."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:40] or "x"
-
-
-def _png(image) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

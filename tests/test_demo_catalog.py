@@ -17,6 +17,7 @@ from catalog import LOADING, Catalog, Stopped, new_pipeline
 from huggingface_hub import constants
 from schedulers import scheduler_classes
 from settings import SettingsError
+from test_pipeline_class_conditional import build
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -90,16 +91,6 @@ FLOW_SCHEDULERS = {
     "DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete",
     "SASolver", "UniPCMultistep",
 }  # fmt: skip
-
-
-def build(model_class, **config):
-    """A network of which no layer is silent; the same at every call."""
-    torch.manual_seed(0)
-    model = model_class(**config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return model.eval()
 
 
 def composable(**changes):

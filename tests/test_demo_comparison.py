@@ -24,7 +24,6 @@ from settings import Column, Comparison, SettingsError
 from test_demo_catalog import (
     ATTENTION,
     UNET,
-    build,
     composable,
     decoder,
     flux,
@@ -32,6 +31,7 @@ from test_demo_catalog import (
     stable_diffusion_3,
     unet_of_diffusers,
 )
+from test_pipeline_class_conditional import build
 
 import diffusers
 from diffusers import (

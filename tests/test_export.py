@@ -478,7 +478,7 @@ def test_export_refuses_what_nobody_could_load(tmp_path):
     with pytest.raises(ValueError, match=r"`unet` was saved with a LoRA adapter inside .* `fuse_lora\(\)`"):
         export(pipe, tmp_path / "model")
     pipe.unet.unload_lora()
-    pipe.unet = conditional.build(Foreign, conditional.BACKBONES["dilated"][1])
+    pipe.unet = conditional.build(Foreign, **conditional.BACKBONES["dilated"][1])
     with pytest.raises(ValueError, match="`unet` is a Foreign of 'test_export', which nobody could load"):
         export(pipe, tmp_path / "model")
     mine = type("MyPipeline", (ClassifierGuidedPipeline,), {})(guided.tiny_unet(), DDPMScheduler())

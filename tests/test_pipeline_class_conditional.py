@@ -62,7 +62,7 @@ OURS = [name for name in BACKBONES if name[0].islower()]
 LABELS = {0: "tench, Tinca tinca", 1: "crane", 2: "crane", 3: "seven"}
 
 
-def build(model_class, config):
+def build(model_class, **config):
     """A network of which no layer is silent; the same at every call."""
     torch.manual_seed(0)
     model = model_class(**config)
@@ -76,7 +76,7 @@ def backbone(name="adm", **changes):
     model_class, config = BACKBONES[name]
     if name in OURS:
         config = {"null_class": True, **config}
-    return build(model_class, {**config, **changes})
+    return build(model_class, **{**config, **changes})
 
 
 def tiny_pipe(model="adm", scheduler=None, **components):
@@ -92,9 +92,8 @@ def tiny_pipe(model="adm", scheduler=None, **components):
 
 def tiny_vae(**config):
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return build(
-        AutoencoderKL, {"latent_channels": 3, "block_out_channels": (8, 8), "norm_num_groups": 4, **blocks, **config}
-    )
+    channels = {"latent_channels": 3, "block_out_channels": (8, 8), "norm_num_groups": 4}
+    return build(AutoencoderKL, **{**channels, **blocks, **config})
 
 
 def draw(pipe, seed=0, **arguments):

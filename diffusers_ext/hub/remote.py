@@ -598,7 +598,7 @@ def _check_replaceable(folder: Path) -> None:
     reason = "was not written by `pull`"
     written = _pulled_files(folder / PULLED)
     if written is not None:
-        changed = [name for name in sorted(present) if _sha256(folder / name) != written.get(name)]
+        changed = [name for name in sorted(present) if file_sha256(folder / name) != written.get(name)]
         if not changed:
             return
         reason = f"holds {changed[0]}, which is not as the earlier pull left it"
@@ -628,7 +628,7 @@ def _copy(snapshot: Path, files: Iterable[str], folder: Path, repo_id: str) -> N
             path = new / name
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(snapshot / name, path)
-            written[name] = _sha256(path)
+            written[name] = file_sha256(path)
         record = {"repo_id": repo_id, "commit": snapshot.name, "files": written}
         (new / PULLED).write_text(json.dumps(record, indent=2) + "\n")
         if folder.exists():
@@ -641,7 +641,8 @@ def _copy(snapshot: Path, files: Iterable[str], folder: Path, repo_id: str) -> N
             raise
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file of any size, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

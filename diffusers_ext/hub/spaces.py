@@ -21,7 +21,7 @@ from diffusers_ext.hub import safety
 from diffusers_ext.hub.client import PushConflictError
 from diffusers_ext.hub.contents import CARD, Contents
 from diffusers_ext.hub.export import stage
-from diffusers_ext.hub.remote import NEW, Target, check_no_tokens, commit_files, read_target
+from diffusers_ext.hub.remote import NEW, Target, check_no_tokens, commit_files, file_sha256, read_target
 from diffusers_ext.hub.snapshots import is_as_promised
 
 
@@ -72,7 +72,7 @@ def push_space(
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         safety.check_file_names(names, "`models`")
         check_no_tokens(folder, names, "the Space")
-        hashes = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+        hashes = {name: file_sha256(folder / name) for name in names}
         left_over = _check_space(target, folder, hashes)
         (folder / PUSHED).write_text(json.dumps({"files": hashes}, indent=1) + "\n")
         return commit_files(folder, [*names, PUSHED], left_over, target, commit_message or "Push the demo")
